@@ -1,0 +1,1 @@
+"""The arithmetic that passes and statistics lean on, one operation a file."""

@@ -1,0 +1,258 @@
+"""The contracts between the rooms: what a pass, a target, a program and a meter promise, and what they are given.
+
+Nothing here does work. Passes branch on `Capabilities`, never on a target's name; a pass sees the world only through
+`Context`.
+"""
+
+from __future__ import annotations
+
+import enum
+import resource
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from perwatt.artifact import Artifact, Step
+from perwatt.data import Samples
+from perwatt.measurement import Boundary, Method, Window
+from perwatt.signature import Array, Batch, Signature, inferences, rows, split
+
+if TYPE_CHECKING:
+    from perwatt.recipe import Budget
+
+Scenario = Literal["single-stream", "offline"]
+
+
+@dataclass(frozen=True)
+class QuantizationStyle:
+    """One way in which a backend likes to see quantization in the graph."""
+
+    name: str
+    activation_type: str
+    weight_type: str
+    activation_symmetric: bool
+    weight_per_channel: bool
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the hardware and its backend reward, as plain data.
+
+    `floating_precisions`: what the backend can run floating point in, its own default first.
+    `quantization_styles`: ordered, best liked first. `channel_multiples`: per type, the multiple of channels that pays.
+    """
+
+    isa: tuple[str, ...] = ()
+    floating_precisions: tuple[str, ...] = ("f32",)
+    half_types: tuple[str, ...] = ()
+    sparse_types: tuple[str, ...] = ()
+    channel_multiples: dict[str, int] = field(default_factory=dict)
+    quantization_styles: tuple[QuantizationStyle, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a pass may move an output: per output, max|Δ| ≤ atol + rtol · RMS of the output before."""
+
+    atol: float = 1e-5
+    rtol: float = 1e-4
+
+
+class Stage(enum.IntEnum):
+    """Where in a pipeline a pass belongs."""
+
+    CLEAN = 1
+    FUSE = 2
+    PRUNE = 3
+    PRECISION = 4
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a pass gets besides its settings.
+
+    `samples(role)` gives re-iterable batches for `calibrate`, `learn` or `select`; never `confirm`.
+    `execute(artifact, batches, taps)` runs the numeric reference in the worker and returns one {name: array} a batch,
+    holding the outputs and the tapped values. `measure(artifacts)` measures lowered artifacts against each other and
+    returns CPU seconds per inference for each. `deadline` is in `time.monotonic()` seconds.
+    """
+
+    samples: Callable[[str], Samples]
+    capabilities: Capabilities
+    budget: Budget
+    seed: int
+    deadline: float | None
+    progress: Callable[[str], None]
+    execute: Callable[[Artifact, Samples, Sequence[str]], list[Batch]]
+    measure: Callable[[Sequence[Artifact]], list[float]]
+
+
+class Pass(ABC):
+    """One change to a model, with settings as dataclass fields. Subclasses are frozen dataclasses, one a file.
+
+    `tolerance` is how far it may move outputs, or None when accuracy decides. A pass with `isolated` set runs in the
+    worker, because what it leans on may crash or hang. `in_default` puts it into the default pipeline, within its
+    stage after those that `after` names; passes of the stage PRECISION are alternatives there, and the measured best
+    wins.
+    """
+
+    stage: ClassVar[Stage]
+    tolerance: ClassVar[Tolerance | None] = Tolerance()
+    isolated: ClassVar[bool] = False
+    in_default: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ()
+
+    def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
+        """Reasons why this pass can't run on this model; silence means it can."""
+        yield from ()
+
+    @abstractmethod
+    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+        """The new artifact and what was changed, in words. An unchanged model returns the artifact it was given."""
+
+    def ensures(self, before: Artifact, after: Artifact) -> Iterator[str]:
+        """Reasons why the result breaks this pass's own promise; silence means it holds."""
+        yield from ()
+
+    @classmethod
+    def name(cls) -> str:
+        """The name in recipes and on the command line: the file's name in kebab case."""
+        return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+    def settings(self) -> dict[str, Any]:
+        """This pass's settings as plain data."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    def step(self, changes: Sequence[str]) -> Step:
+        """The entry in an artifact's history for this pass."""
+        return Step(self.name(), self.settings(), tuple(changes))
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """How a program is run. `floating_precision` is what the backend uses for what the graph leaves in fp32
+    (None: the backend's own default, read back and recorded once lowered)."""
+
+    scenario: Scenario = "single-stream"
+    batch: int = 1
+    threads: int | None = None
+    streams: int | None = None
+    floating_precision: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Program(ABC):
+    """A model lowered to a backend. `run` takes any leading batch; `drive` makes load right beside the backend.
+
+    A subclass gives `call` for exactly `batch_size` items (None: any number), and `save`.
+    """
+
+    signature: Signature
+    point: OperatingPoint
+    batch_size: int | None
+
+    @abstractmethod
+    def call(self, batch: Batch) -> Batch:
+        """One call of the backend, with exactly `batch_size` items where that is set."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> list[Path]:
+        """Write what is deployed into `folder` (which exists); returns the files."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What was really set: execution precision, threads, streams, versions; plain data for the report."""
+
+    def run(self, batch: Batch) -> Batch:
+        """{name: array} in, {name: array} out, by the source's names; any number of items on the batch axis."""
+        reasons = self.signature.problems(batch)
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        if self.batch_size is None or rows(batch) == self.batch_size:
+            return self.call(batch)
+        pieces = [(self.call(piece), real) for piece, real in split(batch, self.batch_size)]
+        return {name: np.concatenate([out[name][:real] for out, real in pieces]) for name in pieces[0][0]}
+
+    def drive(self, samples: Sequence[Batch], seconds: float) -> Window:
+        """Feed `samples` round and round, one call after the other, for at least `seconds`."""
+        latencies: list[float] = []
+        done = 0
+        cpu, start = cpu_seconds(), time.perf_counter()
+        now = start
+        while now - start < seconds or not latencies:
+            batch = samples[len(latencies) % len(samples)]
+            self.call(batch)
+            then, now = now, time.perf_counter()
+            latencies.append((now - then) * 1e3)
+            done += inferences(self.signature, batch)
+        return Window(done, now - start, cpu_seconds() - cpu, latencies)
+
+
+class Target(ABC):
+    """A place to run. One a file; the file's name is the target's name."""
+
+    @abstractmethod
+    def missing(self) -> list[str]:
+        """Why this target can't be used here, each with the command that mends it; empty means it can."""
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this machine and backend reward."""
+
+    @abstractmethod
+    def lower(self, artifact: Artifact, point: OperatingPoint) -> Program:
+        """Compile. Raises BackendError with the backend's own words where it refuses."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that do the work."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The name in recipes and on the command line."""
+        return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+
+class Meter(ABC):
+    """Reads the energy of a window."""
+
+    method: Method
+    boundary: Boundary | None
+
+    @abstractmethod
+    def start(self) -> None:
+        """A window begins."""
+
+    @abstractmethod
+    def stop(self, window: Window) -> float | None:
+        """The window is over: its energy in joules, None where there is none to be had."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """How the joules are come by: source, assumptions, uncertainty."""
+
+
+def cpu_seconds() -> float:
+    """User + system time of this process, all threads, in seconds."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def as_calls(signature: Signature, batches: Sequence[Batch], size: int) -> list[Batch]:
+    """Rearrange `batches` into calls of exactly `size` items, the way `Program.drive` wants them."""
+    if signature.batch is None:
+        return list(batches)
+    return [piece for batch in batches for piece, _ in split(batch, size)]
+
+
+__all__ = [
+    "Array", "Batch", "Capabilities", "Context", "Meter", "OperatingPoint", "Pass", "Program", "QuantizationStyle",
+    "Samples", "Scenario", "Stage", "Target", "Tolerance", "as_calls", "cpu_seconds",
+]

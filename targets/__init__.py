@@ -1,0 +1,1 @@
+"""The backends, one a file: the file's name is the target's name."""
