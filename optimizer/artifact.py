@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,13 @@ class Artifact:
 
     def edit(self) -> ir.Model:
         """A copy of the graph to change; weights are shared and stay read-only."""
-        return self.model.clone()
+        model = self.model.clone()
+        for graph in graphs_of(model):
+            values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+            for value in values:
+                # onnx_ir's clone shares these, and they can be changed in place.
+                value.type, value.shape = copy(value.type), copy(value.shape)
+        return model
 
     def after(self, model: ir.Model, step: Step) -> Artifact:
         """The artifact that `step` made of this one."""

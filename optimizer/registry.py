@@ -1,0 +1,208 @@
+"""Finds passes and targets by file name, on demand, and binds settings to a pass's dataclass.
+
+Adding a pass or a target is adding one file: nothing here is edited. Third parties add theirs through the entry points
+`perwatt.passes` and `perwatt.targets`; a clash of names raises. Listing names imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, get_type_hints
+
+from perwatt.contract import Pass, Stage, Target
+from perwatt.errors import InputError, PerwattError, nearest
+from perwatt.recipe import OneOf, PassStep, Recipe
+
+Kind = Literal["passes", "targets"]
+ALIASES = {"cpu": ("openvino",)}
+"""Names that stand for the backends which serve them, best liked first."""
+
+
+@cache
+def _found(kind: Kind) -> dict[str, str | EntryPoint]:
+    package = importlib.import_module(f"perwatt.{kind}")
+    found: dict[str, str | EntryPoint] = {
+        module.name.replace("_", "-"): f"{package.__name__}.{module.name}"
+        for module in pkgutil.iter_modules(package.__path__)
+        if not module.name.startswith("_")
+    }
+    for entry in entry_points(group=f"perwatt.{kind}"):
+        if entry.name in found:
+            raise PerwattError(f"two {kind} are called {entry.name!r}: {found[entry.name]} and {entry.value}")
+        found[entry.name] = entry
+    return found
+
+
+def names(kind: Kind) -> list[str]:
+    """All known names, sorted."""
+    return sorted(_found(kind))
+
+
+def _class(kind: Kind, name: str, base: type) -> Any:
+    found = _found(kind)
+    if name not in found:
+        known = [*found, *(ALIASES if kind == "targets" else ())]
+        raise InputError(nearest(name, known, kind.removesuffix("es") if kind == "passes" else "target"))
+    where = found[name]
+    if isinstance(where, EntryPoint):
+        return where.load()
+    module = importlib.import_module(where)
+    classes = [
+        member
+        for member in vars(module).values()
+        if inspect.isclass(member) and issubclass(member, base) and member.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise PerwattError(f"{where} must define exactly one {base.__name__}, it defines {len(classes)}")
+    return classes[0]
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The pass of that name. Raises InputError that lists the nearest known names."""
+    found: type[Pass] = _class("passes", name, Pass)
+    return found
+
+
+def target(name: str) -> Target:
+    """The target of that name; an alias gives the first backend that serves it. Raises InputError for unknown ones."""
+    found: Target = _class("targets", ALIASES.get(name, (name,))[0], Target)()
+    return found
+
+
+def _settings_model(cls: type[Pass]) -> Any:
+    """A strict pydantic model with the settings of `cls`: what its dataclass fields are called, may be and default to."""
+    from pydantic import ConfigDict, create_model
+
+    hints = get_type_hints(cls)
+    defined = {f.name: (hints[f.name], ... if f.default is MISSING else f.default) for f in fields(cls)}  # type: ignore[arg-type]
+    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **defined)  # type: ignore[call-overload]
+
+
+def bind(step: PassStep) -> Pass:
+    """The pass that `step` names, with its settings checked. Raises InputError in one line."""
+    from pydantic import ValidationError
+
+    cls = pass_class(step.name)
+    model = _settings_model(cls)
+    try:
+        checked = model.model_validate(step.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] != "extra_forbidden":
+            raise InputError(f"{step.name}.{key}: {first['msg']}") from None
+        known = list(model.model_fields)
+        message = nearest(key, known, f"setting of {step.name}") if known else f"{step.name} has no settings, {key!r} was given"
+        raise InputError(message) from None
+    return cls(**{name: getattr(checked, name) for name in step.settings})
+
+
+def default_steps(budget_and_training: bool = False) -> list[PassStep | OneOf]:
+    """The default pipeline, assembled from what each pass says of itself: stage by stage, `after` respected, those of
+    the stage PRECISION as alternatives."""
+    classes = {name: pass_class(name) for name in names("passes")}
+    chosen = {
+        name: cls
+        for name, cls in classes.items()
+        if cls.in_default and (cls.stage is not Stage.PRUNE or budget_and_training)
+    }
+    steps: list[PassStep | OneOf] = []
+    for stage in Stage:
+        here = _ordered({name: cls for name, cls in chosen.items() if cls.stage is stage})
+        if stage is Stage.PRECISION and here:
+            steps.append(OneOf(steps=[PassStep(name=name) for name in here]))
+        else:
+            steps += [PassStep(name=name) for name in here]
+    return steps
+
+
+def _ordered(classes: dict[str, type[Pass]]) -> list[str]:
+    """Names so that each comes after those that its `after` names; alphabetical where that leaves a choice."""
+    order: list[str] = []
+    left = sorted(classes)
+    while left:
+        ready = next((n for n in left if all(a in order or a not in classes for a in classes[n].after)), None)
+        if ready is None:
+            raise PerwattError(f"the passes {left} wait for each other: mend their `after`")
+        order.append(ready)
+        left.remove(ready)
+    return order
+
+
+def edit_steps(steps: Sequence[PassStep | OneOf], edits: str) -> list[PassStep | OneOf]:
+    """`+name` adds a pass where its stage belongs, `-name` takes one out, comma-separated; a plain list replaces all."""
+    parts = [part.strip() for part in edits.split(",") if part.strip()]
+    if not any(part[0] in "+-" for part in parts):
+        for part in parts:
+            pass_class(part)
+        return [PassStep(name=part) for part in parts]
+    result = list(steps)
+    for part in parts:
+        name = part[1:]
+        if part[0] not in "+-":
+            raise InputError(f"--passes {edits}: write +name or -name for each, or plain names only")
+        stage = pass_class(name).stage
+        result = _without(result, name) if part[0] == "-" else _with(_without(result, name), name, stage)
+    return result
+
+
+def _without(steps: Sequence[PassStep | OneOf], name: str) -> list[PassStep | OneOf]:
+    result: list[PassStep | OneOf] = []
+    for step in steps:
+        if isinstance(step, OneOf):
+            kept = [s for s in step.steps if s.name != name]
+            result += [OneOf(steps=kept)] if kept else []
+        elif step.name != name:
+            result.append(step)
+    return result
+
+
+def _with(steps: Sequence[PassStep | OneOf], name: str, stage: Stage) -> list[PassStep | OneOf]:
+    result = list(steps)
+    for position, step in enumerate(result):
+        if isinstance(step, OneOf) and stage is Stage.PRECISION:
+            result[position] = OneOf(steps=[*step.steps, PassStep(name=name)])
+            return result
+        first = step.steps[0].name if isinstance(step, OneOf) else step.name
+        if pass_class(first).stage > stage:
+            return [*result[:position], PassStep(name=name), *result[position:]]
+    return [*result, PassStep(name=name)]
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, with the settings of every pass found here, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "perwatt recipe"
+    settings: dict[str, Any] = {}
+    for name in names("passes"):
+        cls = pass_class(name)
+        entry = _settings_model(cls).model_json_schema()
+        entry["description"] = (inspect.getmodule(cls).__doc__ or "").strip().split("\n")[0]  # type: ignore[union-attr]
+        settings[name] = {"anyOf": [entry, {"type": "null"}]}
+    for gone in ("PassStep", "OneOf"):
+        schema["$defs"].pop(gone, None)
+    schema["$defs"]["step"] = {
+        "anyOf": [
+            {"enum": names("passes")},
+            {"type": "object", "properties": settings, "additionalProperties": False, "minProperties": 1, "maxProperties": 1},
+        ]
+    }
+    one_of = {
+        "type": "object",
+        "properties": {"one-of": {"type": "array", "items": {"$ref": "#/$defs/step"}, "minItems": 1}},
+        "additionalProperties": False,
+        "required": ["one-of"],
+    }
+    schema["properties"]["passes"] = {
+        "anyOf": [{"const": "default"}, {"type": "array", "items": {"anyOf": [{"$ref": "#/$defs/step"}, one_of]}}],
+        "default": "default",
+        "description": "`default`, or passes in order.",
+    }
+    return schema

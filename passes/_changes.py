@@ -1,0 +1,28 @@
+"""What a pass says about its own change, in words: shared by the passes that rewrite whole graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from perwatt.artifact import Artifact
+from perwatt.contract import Pass
+
+
+def count_changes(
+    made_by: Pass, before: Artifact, model: Any, extra: Sequence[str] = ()
+) -> tuple[Artifact, list[str]]:
+    """The artifact for the changed `model` with its changes in words; `before` itself where nothing changed."""
+    after = before.after(model, made_by.step(()))
+    if after.digest() == before.digest():
+        return before, []
+    old, new = before.operator_counts(), after.operator_counts()
+    names = sorted(set(old) | set(new), key=lambda n: -abs(old.get(n, 0) - new.get(n, 0)))
+    moved = [f"{name} {old.get(name, 0)} → {new.get(name, 0)}" for name in names if old.get(name, 0) != new.get(name, 0)]
+    changes = [*extra]
+    if moved:
+        more = f" and {len(moved) - 4} more kinds" if len(moved) > 4 else ""
+        changes.append(f"{sum(old.values())} → {sum(new.values())} nodes: {', '.join(moved[:4])}{more}")
+    elif not changes:
+        changes.append("same operators, tidier graph")
+    return before.after(model, made_by.step(changes)), changes

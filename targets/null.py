@@ -1,0 +1,75 @@
+"""A target for tests: runs the model in ONNX Runtime, pretends to take the time that a script says.
+
+Nothing here is a measurement of anything. Latency and CPU time come from a cost for each operator, so that pipelines,
+reports and gates can be tested without hardware and without a clock.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from perwatt.artifact import Artifact
+from perwatt.contract import Capabilities, OperatingPoint, Program, QuantizationStyle, Target
+from perwatt.measurement import Window
+from perwatt.signature import Batch, inferences
+
+COST_MS = {"Conv": 1.0, "Gemm": 0.5, "MatMul": 0.5, "BatchNormalization": 0.25}
+"""Scripted cost of an operator; one that is not named costs 0.05 ms."""
+
+
+class Null(Target):
+    """Scripted costs, real outputs."""
+
+    def missing(self) -> list[str]:
+        return []
+
+    def capabilities(self) -> Capabilities:
+        style = QuantizationStyle("symmetric", "int8", "int8", activation_symmetric=True, weight_per_channel=True)
+        return Capabilities(floating_precisions=("f32",), half_types=(), quantization_styles=(style,))
+
+    def lower(self, artifact: Artifact, point: OperatingPoint) -> Program:
+        return NullProgram(artifact, point)
+
+    def versions(self) -> dict[str, str]:
+        from importlib.metadata import version
+
+        return {"onnxruntime": version("onnxruntime")}
+
+
+class NullProgram(Program):
+    """Outputs by ONNX Runtime, time by the script."""
+
+    def __init__(self, artifact: Artifact, point: OperatingPoint) -> None:
+        import onnxruntime
+
+        assert artifact.path is not None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.session = onnxruntime.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+        self.path = artifact.path
+        self.signature = artifact.signature
+        self.point = point
+        batch = artifact.signature.batch
+        self.batch_size = batch if isinstance(batch, int) else None
+        counts = artifact.operator_counts()
+        cost = sum(COST_MS.get(name, 0.05) * count for name, count in counts.items())
+        self.cost_ms = cost / (2 if counts.get("DequantizeLinear") else 1)
+
+    def call(self, batch: Batch) -> Batch:
+        names = [spec.name for spec in self.signature.outputs]
+        return dict(zip(names, self.session.run(names, batch), strict=True))
+
+    def drive(self, samples: list[Batch], seconds: float) -> Window:  # type: ignore[override]
+        calls = max(1, int(seconds * 1e3 / self.cost_ms))
+        done = sum(inferences(self.signature, samples[i % len(samples)]) for i in range(calls))
+        busy = calls * self.cost_ms / 1e3
+        return Window(done, busy, busy, [self.cost_ms] * calls)
+
+    def save(self, folder: Path) -> list[Path]:
+        return [Path(shutil.copy(self.path, folder / "model.onnx"))]
+
+    def facts(self) -> dict[str, Any]:
+        return {"backend": "null", "device": "scripted", "execution_precision": "f32", "operating_point": self.point.to_json()}
