@@ -1,9 +1,9 @@
 """A meter for machines without one: joules from CPU time and a power table. Labelled `modelled`, always.
 
-    energy = CPU seconds × watts of one busy core + wall seconds × share of idle power that the job's cores carry
+    energy = CPU seconds × watts of one busy core
 
 Watts of a busy core are the processor's thermal design power over its cores; the table names its source. Turbo, memory
-and voltage regulators are left out, so a figure is good for comparing two programs on one machine (where the factor
+and voltage regulators and idle power are left out, so a figure is good for comparing two programs on one machine (where the factor
 cancels) and within about a factor of 1.5 in absolute terms. Unknown processors get no figure: None, never 0.
 """
 

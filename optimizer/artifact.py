@@ -70,7 +70,7 @@ class Artifact:
         return cls(
             path=path,
             digest=facts["digest"],
-            signature=_signature_from_json(facts["signature"]),
+            signature=signature_from_json(facts["signature"]),
             steps=tuple(Step(s["name"], s["settings"], tuple(s["changes"])) for s in facts["steps"]),
         )
 
@@ -209,7 +209,9 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _signature_from_json(facts: dict[str, Any]) -> Signature:
+def signature_from_json(facts: dict[str, Any]) -> Signature:
+    """The signature that `dataclasses.asdict` made plain data of."""
+
     def specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(e["name"], e["dtype"], tuple(e["shape"]) if e["shape"] is not None else None) for e in entries)
 

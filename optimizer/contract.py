@@ -19,6 +19,7 @@ import numpy as np
 
 from perwatt.artifact import Artifact, Step
 from perwatt.data import Samples
+from perwatt.errors import TargetError
 from perwatt.measurement import Boundary, Method, Window
 from perwatt.signature import Array, Batch, Signature, inferences, rows, split
 
@@ -209,6 +210,14 @@ class Target(ABC):
     @abstractmethod
     def lower(self, artifact: Artifact, point: OperatingPoint) -> Program:
         """Compile. Raises BackendError with the backend's own words where it refuses."""
+
+    def load(self, folder: Path, signature: Signature, point: OperatingPoint) -> Program:
+        """The program that `Program.save` wrote into `folder`, ready to run. Raises TargetError where there is no such way."""
+        raise TargetError(f"{self.name()} programs can't be loaded from a bundle")
+
+    def script(self) -> str | None:
+        """A `run.py` that runs the saved program with the backend and NumPy only; None where there is none."""
+        return None
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from perwatt.artifact import Artifact
 from perwatt.contract import Capabilities, OperatingPoint, Program, QuantizationStyle, Target
 from perwatt.measurement import Window
-from perwatt.signature import Batch, inferences
+from perwatt.signature import Batch, Signature, inferences
 
 COST_MS = {"Conv": 1.0, "Gemm": 0.5, "MatMul": 0.5, "BatchNormalization": 0.25}
 """Scripted cost of an operator; one that is not named costs 0.05 ms."""
@@ -31,6 +31,9 @@ class Null(Target):
 
     def lower(self, artifact: Artifact, point: OperatingPoint) -> Program:
         return NullProgram(artifact, point)
+
+    def load(self, folder: Path, signature: Signature, point: OperatingPoint) -> Program:
+        return NullProgram(Artifact(path=folder / "model.onnx", signature=signature), point)
 
     def versions(self) -> dict[str, str]:
         from importlib.metadata import version

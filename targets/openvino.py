@@ -8,11 +8,11 @@ compile time; other batches are split, and the remainder is filled up.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,12 @@ class OpenVINO(Target):
             return OpenVINOProgram(artifact.path, artifact.signature, point)
         except Exception as error:
             raise BackendError(f"OpenVINO refused the model: {_words(error)}") from error
+
+    def load(self, folder: Path, signature: Signature, point: OperatingPoint) -> Program:
+        return OpenVINOProgram(folder / "model.xml", signature, point)
+
+    def script(self) -> str:
+        return (files("perwatt.targets") / "openvino_run.py.txt").read_text()
 
     def versions(self) -> dict[str, str]:
         from importlib.metadata import version
@@ -171,9 +177,7 @@ class OpenVINOProgram(Program):
             _make_batch_dynamic(model)
         # Weights stay as the graph says: compressing to fp16 behind its back would break "what the file says runs".
         openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
-        how = {"device": "CPU", "settings": self.settings, "batch": self.batch_size, "inputs": self.inputs, "outputs": self.outputs}
-        (folder / "operating_point.json").write_text(json.dumps(how, indent=2) + "\n")
-        return [folder / "model.xml", folder / "model.bin", folder / "operating_point.json"]
+        return [folder / "model.xml", folder / "model.bin"]
 
     def facts(self) -> dict[str, Any]:
         read_back = self.compiled.get_property("INFERENCE_PRECISION_HINT")

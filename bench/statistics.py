@@ -1,0 +1,66 @@
+"""How sure a figure is: intervals of paired log-ratios, percentiles, agreement of blocks.
+
+Two programs are compared by the ratio of their figures in neighbouring windows, so that what disturbs both cancels. The
+logarithm makes a ratio and its inverse equally far from one; the interval is Student's t over blocks on that scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from perwatt.measurement import Ratio
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond that Cornish-Fisher about the normal.
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)
+
+
+def t_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5 beyond 30 degrees of freedom)."""
+    if degrees < 1:
+        return math.inf
+    if degrees <= len(T_95):
+        return T_95[degrees - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % interval of the mean; infinite bounds for a single value."""
+    array = np.asarray(values, dtype=np.float64)
+    mean = float(array.mean())
+    if len(array) < 2:
+        return mean, -math.inf, math.inf
+    half = t_quantile(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
+    return mean, mean - half, mean + half
+
+
+def paired_ratio(optimized: Sequence[float | None], original: Sequence[float | None]) -> Ratio:
+    """Optimized ÷ original over paired windows, with its 95 % interval. None where a side is missing or not positive."""
+    pairs = [(a, b) for a, b in zip(optimized, original, strict=True) if a is not None and b is not None and a > 0 and b > 0]
+    if not pairs:
+        return Ratio(None)
+    mean, low, high = mean_interval([math.log(a / b) for a, b in pairs])
+    if len(pairs) < 2:
+        return Ratio(math.exp(mean))
+    return Ratio(math.exp(mean), math.exp(low), math.exp(high))
+
+
+def half_width(ratio: Ratio) -> float:
+    """Half the interval's width relative to the ratio, on the log scale; infinite where it is not known."""
+    if ratio.low is None or ratio.high is None or ratio.low <= 0:
+        return math.inf
+    return (math.log(ratio.high) - math.log(ratio.low)) / 2
+
+
+def percentile(latencies_ms: Sequence[float], share: float) -> float | None:
+    """The smallest latency that `share` of all calls do not exceed (nearest rank); None without calls."""
+    if not latencies_ms:
+        return None
+    ordered = sorted(latencies_ms)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]

@@ -1,0 +1,97 @@
+"""What `import perwatt` offers: optimize a model, read one, load a bundle and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perwatt import registry
+from perwatt.bundle import Bundle, open_bundle
+from perwatt.compilation import compile_model, out_folder, read_model
+from perwatt.contract import OperatingPoint, Program
+from perwatt.errors import InputError, TargetError
+from perwatt.isolation import Worker
+from perwatt.options import build_recipe
+from perwatt.reading import Reading
+from perwatt.signature import Array, Batch, Signature
+
+
+def optimize(
+    model: str | Path | None = None,
+    *,
+    target: str | None = None,
+    config: str | Path | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> Bundle:
+    """Optimize `model` for `target` and leave a bundle.
+
+    `options` are those of the command line with underscores: data, eval, train, image, resize, normalize, text, label,
+    metric, expect, max_drop, p99, min_gain, time, prove_accuracy, passes, threads, scenario, batch, arch, arch_args,
+    input, inputs, trust, seed, max_samples. `config` is a recipe file that options override. `progress(stage, share)`
+    is called along the way with the share done, 0 to 1.
+
+    Raises InputError for what was given, TargetError where the target can't be used here, BackendError where a backend
+    fails on this model. A budget that can't be met is no error: `bundle.outcome` says `budget_not_met`."""
+    recipe = build_recipe(config, model=str(model) if model is not None else None, target=target, **options)
+    return compile_model(recipe, out_folder(recipe, out), force=force, progress=progress or (lambda stage, share: None))
+
+
+def read(model: str | Path, **options: Any) -> Reading:
+    """Read a model as perwatt sees it: its artifact, signature, format and notes. Options as for `optimize`."""
+    recipe = build_recipe(None, model=str(model), **options)
+    with Worker("reading") as worker:
+        return read_model(recipe, worker)
+
+
+class Model:
+    """A bundle's program, loaded into this process. Needs the backend and NumPy; not torch."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+
+    @property
+    def signature(self) -> Signature:
+        """Typed inputs and outputs."""
+        return self._program.signature
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Execution precision, threads, streams and versions as really set."""
+        return self._program.facts()
+
+    def run(self, inputs: Array | Mapping[str, Array]) -> Batch:
+        """{name: array} out for an array (models with one input) or {name: array} in, any number of items on the batch
+        axis. Types are converted where no value is lost. Raises InputError where names, types or shapes don't fit."""
+        specs = self.signature.inputs
+        if not isinstance(inputs, Mapping):
+            if len(specs) != 1:
+                raise InputError(f"the model has the inputs {[s.name for s in specs]}", fix="give {name: array}")
+            inputs = {specs[0].name: inputs}
+        batch = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for spec in specs:
+            given = batch.get(spec.name)
+            if given is not None and str(given.dtype) != spec.dtype and np.can_cast(given.dtype, spec.dtype, "same_kind"):
+                batch[spec.name] = given.astype(spec.dtype)
+        problems = self.signature.problems(batch)
+        if problems:
+            raise InputError("; ".join(problems))
+        return self._program.run(batch)
+
+
+def load(bundle: str | Path | Bundle) -> Model:
+    """Load a bundle's program at its operating point. Raises InputError for a folder that is none, TargetError where
+    its backend is missing here."""
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    facts = opened.program
+    target = registry.target(facts["target"])
+    missing = target.missing()
+    if missing:
+        raise TargetError(f"{facts['target']} can't be used here: {'; '.join(missing)}")
+    point = OperatingPoint(**facts["operating_point"])
+    return Model(target.load(opened.path / facts["target"], opened.signature, point))

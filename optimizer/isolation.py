@@ -1,0 +1,159 @@
+"""The caller's end of a worker: start it, ask it, survive it.
+
+A backend may crash, hang or eat all memory. It does so in `python -m perwatt.worker`, a subprocess that speaks one JSON
+object a line and gets models and samples as paths; what happens there arrives here as an error with a name and the
+backend's last words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from perwatt import errors
+from perwatt.errors import BackendError, PerwattError
+
+DEFAULT_TIMEOUT_S = 1800.0
+LAST_WORDS_BYTES = 2000
+
+
+class Worker:
+    """One worker process. Use it as a context manager; it starts with the first call."""
+
+    def __init__(self, name: str, *, memory_limit_bytes: int | None = None, on_progress: Callable[[str], None] | None = None) -> None:
+        self.name = name
+        self.memory_limit_bytes = memory_limit_bytes
+        self.on_progress = on_progress
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        self._log: Any = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def call(self, operation: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, **parameters: Any) -> dict[str, Any]:
+        """Ask for one operation and wait for its answer.
+
+        Raises the error that the worker names, or BackendError where it crashed or did not answer in time."""
+        process = self._started()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps({"operation": operation, "parameters": parameters}) + "\n")
+            process.stdin.flush()
+        except (BrokenPipeError, OSError):
+            raise self._died(operation) from None
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._answers.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                words = self._last_words()
+                self.kill()
+                raise BackendError(f"{self.name}: {operation} did not end within {timeout_s:.0f} s and was stopped{words}") from None
+            if line is None:
+                raise self._died(operation)
+            answer: dict[str, Any] = json.loads(line)
+            if "progress" in answer:
+                if self.on_progress:
+                    self.on_progress(answer["progress"])
+                continue
+            if "error" in answer:
+                raise _error_from(answer["error"])
+            result: dict[str, Any] = answer["result"]
+            return result
+
+    def close(self) -> None:
+        """End the process; it gets a moment to go by itself."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        if process.stdin is not None and process.poll() is None:
+            try:
+                process.stdin.close()
+                process.wait(timeout=2)
+            except (OSError, subprocess.TimeoutExpired):
+                process.kill()
+        process.wait()
+        self._close_log()
+
+    def kill(self) -> None:
+        """End the process now."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            self._close_log()
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None:
+            return self._process
+        self._log = tempfile.TemporaryFile(mode="w+b")  # noqa: SIM115 (lives as long as the process)
+        environment = {**os.environ, "PERWATT_WORKER": self.name, "PYTHONUNBUFFERED": "1"}
+        if self.memory_limit_bytes:
+            environment["PERWATT_MEMORY_LIMIT"] = str(self.memory_limit_bytes)
+        # A session of its own: Ctrl-C reaches the compiler, which then ends its workers in order.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "perwatt.worker", str(os.getpid())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment, start_new_session=True,
+        )
+        self._answers = queue.Queue()
+        threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True).start()
+        return self._process
+
+    def _died(self, operation: str) -> BackendError:
+        assert self._process is not None
+        code = self._process.wait()
+        words = self._last_words()
+        self._process = None
+        self._close_log()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return BackendError(f"{self.name}: the worker {how} during {operation}{words}")
+
+    def _last_words(self) -> str:
+        if self._log is None:
+            return ""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - LAST_WORDS_BYTES))
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").split("\n") if line.strip()]
+        return f": {lines[-1][:300]}" if lines else ""
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+def _pump(stream: Any, answers: queue.Queue[str | None]) -> None:
+    for line in stream:
+        answers.put(line)
+    answers.put(None)
+
+
+def _error_from(facts: dict[str, Any]) -> PerwattError:
+    kind = getattr(errors, facts["type"], BackendError)
+    known = isinstance(kind, type) and issubclass(kind, PerwattError)
+    return (kind if known else BackendError)(facts["message"], fix=facts.get("fix"))
+
+
+def workspace() -> tempfile.TemporaryDirectory[str]:
+    """A scratch folder for artifacts and samples of one run; gone when closed."""
+    return tempfile.TemporaryDirectory(prefix="perwatt-", ignore_cleanup_errors=True)
+
+
+def path_text(path: Path | None) -> str | None:
+    """A path as JSON carries it."""
+    return None if path is None else str(path)

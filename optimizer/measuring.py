@@ -1,0 +1,142 @@
+"""Measures programs side by side: one worker for each, windows interleaved, until the ratio is known well enough.
+
+Each round gives every side one window, in an order that turns round with every round (A B, B A, …), so that a machine
+that slows down or recovers hurts all sides alike. Ratios are taken within rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from perwatt.artifact import Artifact
+from perwatt.bench.statistics import half_width, paired_ratio, percentile
+from perwatt.contract import OperatingPoint
+from perwatt.isolation import Worker
+from perwatt.measurement import Ratio, Window
+
+FIGURES = (
+    "cpu_s_per_inference", "throughput_per_s", "latency_p50_ms", "latency_p99_ms",
+    "power_w", "energy_j_per_inference", "throughput_per_watt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure. Rounds go on until the CPU-seconds ratio's half-width is below `tight`, at least
+    `min_rounds`, at most until `max_s`."""
+
+    window_s: float = 0.25
+    warm_up_s: float = 0.3
+    min_rounds: int = 8
+    max_s: float = 15.0
+    tight: float = 0.01
+
+
+SCREENING = Effort(window_s=0.12, warm_up_s=0.15, min_rounds=5, max_s=3.0, tight=0.02)
+
+
+class Side:
+    """One program in one worker, with the windows it was given."""
+
+    def __init__(self, label: str, worker: Worker) -> None:
+        self.label = label
+        self.worker = worker
+        self.facts: dict[str, Any] = {}
+        self.windows: list[Window] = []
+
+    @classmethod
+    def lowered(cls, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path) -> Side:
+        """Start a worker and lower `artifact` in it."""
+        side = cls(label, Worker(label))
+        try:
+            side.facts = side.worker.call("open", target=target, model=str(artifact.file(folder)), point=asdict(point))
+        except BaseException:
+            side.close()
+            raise
+        return side
+
+    @classmethod
+    def eager(cls, exported: Path, artifact: Artifact, point: OperatingPoint, folder: Path) -> Side:
+        """Start a worker and run torch eager in it."""
+        side = cls("torch eager", Worker("torch eager"))
+        try:
+            side.facts = side.worker.call(
+                "open_eager", exported=str(exported), model=str(artifact.file(folder)), point=asdict(point)
+            )
+        except BaseException:
+            side.close()
+            raise
+        return side
+
+    def prepare(self, samples: Path, warm_up_s: float) -> None:
+        """Load the calls and warm up."""
+        self.worker.call("prepare", samples=str(samples), warm_up_s=warm_up_s)
+
+    def window(self, seconds: float) -> Window:
+        """One more window of load."""
+        window = Window(**self.worker.call("drive", seconds=seconds))
+        self.windows.append(window)
+        return window
+
+    def peak_memory_bytes(self) -> int | None:
+        """The highest resident memory of this side's process."""
+        found: int | None = self.worker.call("memory")["peak_memory_bytes"]
+        return found
+
+    def close(self) -> None:
+        """End the worker."""
+        self.worker.close()
+
+
+def interleave(
+    sides: Sequence[Side], samples: Path, effort: Effort, progress: Callable[[float], None] = lambda share: None
+) -> None:
+    """Give all sides windows in turn. The first side is compared with the last: their ratio decides when it is enough."""
+    for side in sides:
+        side.windows.clear()
+        side.prepare(samples, effort.warm_up_s)
+    start = time.perf_counter()
+    rounds = 0
+    while True:
+        order = sides if rounds % 2 == 0 else list(reversed(sides))
+        for side in order:
+            side.window(effort.window_s)
+        rounds += 1
+        spent = time.perf_counter() - start
+        progress(min(1.0, max(rounds / effort.min_rounds / 2, spent / effort.max_s)))
+        if spent > effort.max_s and rounds >= 2:
+            return
+        if rounds >= effort.min_rounds and (len(sides) < 2 or half_width(ratios(sides[-1], sides[0])["cpu_s_per_inference"]) < effort.tight):
+            return
+
+
+def figures(windows: Sequence[Window]) -> dict[str, float | None]:
+    """The figures of one side over all its windows; None where there is no energy."""
+    done = sum(w.inferences for w in windows)
+    wall = sum(w.wall_s for w in windows)
+    cpu = sum(w.cpu_s for w in windows)
+    latencies = [latency for w in windows for latency in w.latencies_ms]
+    energies = [w.energy_j for w in windows]
+    energy = sum(e for e in energies if e is not None) if all(e is not None for e in energies) and energies else None
+    return {
+        "cpu_s_per_inference": cpu / done,
+        "throughput_per_s": done / wall,
+        "latency_p50_ms": percentile(latencies, 0.5),
+        "latency_p99_ms": percentile(latencies, 0.99),
+        "power_w": energy / wall if energy else None,
+        "energy_j_per_inference": energy / done if energy else None,
+        # Inferences a second for each watt is inferences per joule.
+        "throughput_per_watt": done / energy if energy else None,
+    }
+
+
+def ratios(optimized: Side, original: Side) -> dict[str, Ratio]:
+    """Optimized ÷ original for every figure, paired by round, with 95 % intervals."""
+    rounds = min(len(optimized.windows), len(original.windows))
+    ours = [figures([w]) for w in optimized.windows[:rounds]]
+    theirs = [figures([w]) for w in original.windows[:rounds]]
+    return {name: paired_ratio([f[name] for f in ours], [f[name] for f in theirs]) for name in FIGURES}

@@ -1,0 +1,152 @@
+"""`Pipeline`: runs passes in order, and believes none of them.
+
+After each pass: its own promise (`ensures`), the checker, purity (the input is what it was), drift against its input on
+real samples. A pass that breaks its promise is rolled back, named and explained, and the run goes on. Every pass leaves
+one row in the ledger.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from perwatt.artifact import Artifact, model_digest
+from perwatt.contract import Context, Pass
+from perwatt.drift import Drift, drift
+from perwatt.errors import PerwattError
+from perwatt.signature import Batch
+
+Status = Literal["applied", "unchanged", "refused", "rolled-back", "not-chosen"]
+
+
+@dataclass
+class Row:
+    """One line of the ledger: what a pass did to this model, and what became of it."""
+
+    name: str
+    settings: dict[str, Any]
+    status: Status
+    reason: str | None = None
+    changes: list[str] = field(default_factory=list)
+    drift: dict[str, float | None] | None = None
+    drift_from_original: dict[str, float | None] | None = None
+    seconds: float = 0.0
+    size_bytes: tuple[int, int] | None = None
+    operators: tuple[dict[str, int], dict[str, int]] | None = None
+    measured: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        plain = asdict(self)
+        if self.size_bytes is not None:
+            plain["size_bytes"] = {"before": self.size_bytes[0], "after": self.size_bytes[1]}
+        if self.operators is not None:
+            plain["operators"] = {"before": self.operators[0], "after": self.operators[1]}
+        return plain
+
+
+@dataclass
+class Proof:
+    """How to check a result; each function runs in the worker. `run_isolated` runs a pass that may crash."""
+
+    check: Callable[[Artifact], list[str]]
+    reference: Callable[[Artifact], list[Batch]]
+    run_isolated: Callable[[Pass, Artifact], tuple[Artifact, list[str]]]
+
+
+class Pipeline:
+    """Runs passes from one original. Outputs of the reference are kept by digest: an unchanged model needs no new run."""
+
+    def __init__(self, original: Artifact, context: Context, proof: Proof) -> None:
+        self.original = original
+        self.context = context
+        self.proof = proof
+        self._outputs: dict[str, list[Batch] | str] = {}
+
+    def run(self, artifact: Artifact, passes: Sequence[Pass]) -> tuple[Artifact, list[Row]]:
+        """The artifact after all passes that held their promise, and a row for every one."""
+        rows = []
+        for made_by in passes:
+            artifact, row = self.step(artifact, made_by)
+            rows.append(row)
+        return artifact, rows
+
+    def step(self, artifact: Artifact, made_by: Pass) -> tuple[Artifact, Row]:
+        """One pass: run it, check it, keep it or roll it back."""
+        self.context.progress(f"{made_by.name()}")
+        start = time.perf_counter()
+        row = Row(made_by.name(), made_by.settings(), "refused")
+        reasons = list(made_by.requires(artifact, self.context))
+        if reasons:
+            row.reason = "; ".join(reasons)
+            return artifact, row
+        try:
+            after = self._verified(artifact, made_by, row)
+        except PerwattError as error:
+            row.status, row.reason, after = "rolled-back", str(error), artifact
+        except Exception as error:
+            # A pass is somebody's code: whatever it raises costs this pass, not the run.
+            row.status, row.reason, after = "rolled-back", f"{type(error).__name__}: {error}", artifact
+        row.seconds = round(time.perf_counter() - start, 3)
+        return after, row
+
+    def _verified(self, before: Artifact, made_by: Pass, row: Row) -> Artifact:
+        digest = model_digest(before.model)
+        if made_by.isolated:
+            after, row.changes = self.proof.run_isolated(made_by, before)
+        else:
+            after, row.changes = made_by.run(before, self.context)
+        if model_digest(before.model) != digest:
+            raise PerwattError(f"{made_by.name()} changed the model it was given: it must work on artifact.edit()")
+        if after.digest() == before.digest():
+            row.status = "unchanged"
+            row.reason = "; ".join(row.changes) or "nothing to do on this model"
+            return before
+        problems = [*self._interface(before, after), *made_by.ensures(before, after), *self.proof.check(after)]
+        if not problems:
+            problems = self._drifted(before, after, made_by, row)
+        if problems:
+            row.status, row.reason = "rolled-back", "; ".join(problems)
+            return before
+        row.status = "applied"
+        row.size_bytes = (before.size_bytes(), after.size_bytes())
+        row.operators = (before.operator_counts(), after.operator_counts())
+        return after
+
+    def _interface(self, before: Artifact, after: Artifact) -> list[str]:
+        old, new = before.signature, after.signature
+        if [(s.name, s.dtype) for s in old.inputs] != [(s.name, s.dtype) for s in new.inputs]:
+            return ["the model's inputs changed"]
+        if [s.name for s in old.outputs] != [s.name for s in new.outputs]:
+            return ["the model's outputs changed"]
+        return []
+
+    def _drifted(self, before: Artifact, after: Artifact, made_by: Pass, row: Row) -> list[str]:
+        old, new, first = self.outputs(before), self.outputs(after), self.outputs(self.original)
+        if isinstance(new, str) or isinstance(old, str):
+            row.reason = f"not verified numerically, accuracy decides: {new if isinstance(new, str) else old}"
+            return [row.reason] if made_by.tolerance is not None and not isinstance(old, str) else []
+        measured = drift(old, new, made_by.tolerance)
+        row.drift = finite_drift(measured)
+        if not isinstance(first, str):
+            row.drift_from_original = finite_drift(drift(first, new, None))
+        return list(measured.reasons)
+
+    def outputs(self, artifact: Artifact) -> list[Batch] | str:
+        """Reference outputs on the checking samples, or why there are none."""
+        digest = artifact.digest()
+        if digest not in self._outputs:
+            try:
+                self._outputs[digest] = self.proof.reference(artifact)
+            except PerwattError as error:
+                self._outputs[digest] = str(error)
+        return self._outputs[digest]
+
+
+def finite_drift(measured: Drift) -> dict[str, float | None]:
+    """Drift as JSON can carry it: what is not finite is None."""
+    figures = {"max_abs": measured.max_abs, "relative": measured.relative}
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}

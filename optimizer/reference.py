@@ -1,0 +1,73 @@
+"""The numeric reference: ONNX Runtime without graph optimization, so that what the file says is what is computed.
+
+It runs inside the worker. Where ONNX Runtime has no kernel for an operator in the given type (bfloat16 MatMul, Add and
+Conv among them) it says so with BackendError, and the caller reports "not verified".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from perwatt.artifact import Artifact
+from perwatt.errors import BackendError
+from perwatt.signature import Batch, inferences, rows, split
+
+
+class Reference:
+    """One model in ONNX Runtime on the CPU. `optimized` lets the runtime fuse (faster, still float32)."""
+
+    def __init__(self, artifact: Artifact, folder: Path, taps: Sequence[str] = (), *, optimized: bool = False) -> None:
+        import onnxruntime
+
+        self.signature = artifact.signature
+        path = _with_taps(artifact, folder, taps) if taps else artifact.file(folder)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime can't run this model: {_words(error)}") from error
+        self.outputs = [output.name for output in self.session.get_outputs()]
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """One {name: array} for each batch; a fixed batch is looped, its remainder filled up and cut."""
+        fixed = self.signature.batch if isinstance(self.signature.batch, int) else None
+        for batch in batches:
+            if fixed is None or rows(batch) == fixed:
+                yield self._call(batch)
+                continue
+            import numpy as np
+
+            pieces = [(self._call(piece), real) for piece, real in split(batch, fixed)]
+            yield {name: np.concatenate([out[name][:real] for out, real in pieces]) for name in self.outputs}
+
+    def _call(self, batch: Batch) -> Batch:
+        try:
+            return dict(zip(self.outputs, self.session.run(self.outputs, batch), strict=True))
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed on {inferences(self.signature, batch)} samples: {_words(error)}") from error
+
+
+def _with_taps(artifact: Artifact, folder: Path, taps: Sequence[str]) -> Path:
+    """A copy of the model in which the values named by `taps` are outputs too."""
+    model = artifact.edit()
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    present = {value.name for value in model.graph.outputs}
+    model.graph.outputs.extend(values[name] for name in taps if name not in present)
+    return artifact.after(model, artifact.steps[-1] if artifact.steps else _tap_step()).file(folder)
+
+
+def _tap_step() -> Any:
+    from perwatt.artifact import Step
+
+    return Step("tap")
+
+
+def _words(error: Exception) -> str:
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : (\w+) : ", r"\1: ", str(error))
+    return re.sub(r"\s+", " ", text)[:300]

@@ -1,0 +1,164 @@
+"""The report: what was done, what it gained, how sure that is. `report.json` is this, its JSON Schema is published.
+
+Every figure of one side is plain; the three that rest on energy say how they were come by. Missing is null, never 0.
+Accuracy is a fraction where the metric is one. A ratio is optimized ÷ original with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+Outcome = Literal["optimized", "unchanged", "budget_not_met"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Labelled(_Part):
+    """A figure that rests on energy."""
+
+    value: float | None
+    method: Literal["metered", "counter", "modelled", "unavailable"]
+    boundary: Literal["device", "package", "package+dram", "host", "wall"] | None
+
+
+class SideFigures(_Part):
+    """One side: the original or the optimized model, as it was run."""
+
+    cpu_s_per_inference: float = Field(description="User + system seconds of the whole process, per inference.")
+    throughput_per_s: float = Field(description="Inferences per second of wall time.")
+    latency_p50_ms: float | None = Field(description="Median latency of a call.")
+    latency_p99_ms: float | None = Field(description="99th percentile (nearest rank) of the latency of a call.")
+    size_bytes: int | None = Field(description="Bytes of what is deployed: graph and weights as lowered.")
+    peak_memory_bytes: int | None = Field(description="Highest resident memory of the process that ran it.")
+    accuracy: float | None = Field(description="Metric on the evaluation samples: a fraction for accuracies.")
+    power_w: Labelled
+    energy_j_per_inference: Labelled
+    throughput_per_watt: Labelled = Field(description="Inferences per joule.")
+    operating_point: dict[str, Any] = Field(description="Batch, streams, threads, floating precision as run.")
+    execution_precision: str = Field(description="Floating precision that the backend reported.")
+
+
+class RatioFigure(_Part):
+    """Optimized ÷ original, 95 % interval."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class RatioFigures(_Part):
+    """The same names as on each side."""
+
+    cpu_s_per_inference: RatioFigure
+    throughput_per_s: RatioFigure
+    latency_p50_ms: RatioFigure
+    latency_p99_ms: RatioFigure
+    size_bytes: RatioFigure
+    peak_memory_bytes: RatioFigure
+    accuracy: RatioFigure
+    power_w: RatioFigure
+    energy_j_per_inference: RatioFigure
+    throughput_per_watt: RatioFigure
+
+
+class AccuracyReport(_Part):
+    """Accuracy of the shipped program against the original in float32, sample by sample."""
+
+    metric: str
+    unit: Literal["fraction", "metric"]
+    higher_is_better: bool
+    n: int
+    n_unseen: int = Field(description="Of these, samples on which nothing was chosen.")
+    original: float
+    optimized: float
+    drop: float = Field(description="Positive is worse: points for fractions, metric units otherwise.")
+    low: float | None = Field(description="95 % paired interval of the drop; null where there is none.")
+    high: float | None
+    flips_lost: int | None = Field(None, description="Right before, wrong now.")
+    flips_gained: int | None = Field(None, description="Wrong before, right now.")
+    max_drop: float = Field(description="The budget, in the unit of `drop`.")
+    original_as_run: float | None = Field(None, description="The original at the backend's own precision.")
+
+
+class EagerReport(_Part):
+    """torch eager in float32, measured in the same rounds, at the same batch."""
+
+    version: str
+    cpu_s_per_inference: float
+    throughput_per_s: float
+    latency_p50_ms: float | None
+    cpu_s_ratio: RatioFigure = Field(description="Optimized ÷ torch eager, CPU seconds per inference.")
+
+
+class CandidateReport(_Part):
+    """One answer that was considered."""
+
+    name: str
+    passes: list[str]
+    floating_precision: str | None
+    verdict: Literal["shipped", "runner-up", "rejected"]
+    reason: str
+    cpu_s_ratio: RatioFigure | None = Field(None, description="To the original, while screening.")
+    throughput_ratio: RatioFigure | None = None
+    drop: float | None = None
+
+
+class DriftFigures(_Part):
+    """Largest absolute and relative (to the RMS) movement of any output; null is not finite."""
+
+    max_abs: float | None
+    relative: float | None
+
+
+class PassReport(_Part):
+    """A row of the ledger."""
+
+    name: str
+    settings: dict[str, Any]
+    status: Literal["applied", "unchanged", "refused", "rolled-back", "not-chosen"]
+    reason: str | None
+    changes: list[str]
+    drift: DriftFigures | None = Field(description="Against the pass's own input.")
+    drift_from_original: DriftFigures | None
+    seconds: float
+    size_bytes: dict[str, int] | None = Field(description="Weights before and after.")
+    operators: dict[str, dict[str, int]] | None = Field(description="Operator counts before and after.")
+    measured: dict[str, Any] | None = Field(description="What it brought, where it was measured by itself.")
+
+
+class Report(_Part):
+    """Everything about one run."""
+
+    schema_version: Literal[1] = 1
+    perwatt_version: str
+    created: str
+    seconds: float = Field(description="Wall time of the whole run.")
+    outcome: Outcome
+    reason: str = Field(description="Why this outcome, in a sentence.")
+    model: dict[str, Any] = Field(description="name, path, format, digest, inputs, outputs.")
+    target: dict[str, Any] = Field(description="name, backend, device, scenario, batch, versions.")
+    original: SideFigures
+    optimized: SideFigures
+    ratio: RatioFigures = Field(description="Each side at its best permitted operating point: the headline.")
+    ratio_graph: RatioFigures = Field(description="Both sides at the same operating point: the graph's share.")
+    accuracy: AccuracyReport | None
+    torch_eager: EagerReport | None
+    passes: list[PassReport]
+    candidates: list[CandidateReport]
+    energy: dict[str, Any] = Field(description="How the joules were come by: method, boundary, how, source.")
+    measuring: dict[str, Any] = Field(description="Rounds, seconds, protocol.")
+    data: dict[str, Any] = Field(description="Samples per role and what was assumed.")
+    notes: list[str]
+    last_word: str | None = Field(None, description="What real samples or another budget would bring.")
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of `report.json`."""
+    made = Report.model_json_schema()
+    made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return made

@@ -1,0 +1,294 @@
+"""The worker: `python -m perwatt.worker`. Whatever may crash, hang or disturb a measurement runs here.
+
+Reads one JSON object a line, {"operation", "parameters"}, and answers {"result"} or {"error"}; models and samples come as
+paths, never as pickles. A watchdog ends the process when its parent is gone or its memory limit is passed. Timing happens
+here, right beside the backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perwatt.artifact import Artifact
+from perwatt.contract import Capabilities, Context, OperatingPoint, Program, QuantizationStyle, as_calls, cpu_seconds
+from perwatt.data import Samples
+from perwatt.errors import BackendError, PerwattError
+from perwatt.signature import Batch
+
+WATCH_S = 0.5
+SETTLE_S = 1.0
+TIMED_ITEMS = 64
+TIMED_BYTES = 256_000_000
+
+
+class Session:
+    """What one worker holds between operations: at most one opened program and its calls."""
+
+    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
+        self.say = say
+        self.program: Program | None = None
+        self.calls: list[Batch] = []
+        self.meter: Any = None
+
+    # Checking and reference -------------------------------------------------------------------------------------
+
+    def check(self, model: str) -> dict[str, Any]:
+        """onnx's checker with full shape inference; {"problems": [...]}."""
+        import onnx
+
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            return {"problems": [" ".join(str(error).split())[:300]]}
+        return {"problems": []}
+
+    def convert(self, model: str, opset: int, out: str) -> dict[str, Any]:
+        """onnx's version converter, from the file `model` to the file `out`."""
+        import onnx
+        from onnx import version_converter
+
+        try:
+            converted = version_converter.convert_version(onnx.load(model), opset)
+        except Exception as error:
+            raise BackendError(f"onnx can't convert this model to opset {opset}: {' '.join(str(error).split())[:200]}") from error
+        onnx.save(converted, out)
+        return {"model": out}
+
+    def reference(self, model: str, samples: str, out: str, taps: Sequence[str] = (), optimized: bool = False) -> dict[str, Any]:
+        """Outputs of the numeric reference, one `.npz` for each batch."""
+        from perwatt.reference import Reference
+
+        runner = Reference(Artifact.load(model), Path(model).parent, taps, optimized=optimized)
+        return {"batches": _store(runner.run(Samples.load(Path(samples))), Path(out))}
+
+    def run_pass(self, step: dict[str, Any], model: str, roles: dict[str, str], capabilities: dict[str, Any],
+                 budget: dict[str, Any], seed: int, folder: str) -> dict[str, Any]:  # fmt: skip
+        """Run one pass here; {"model", "changes"}."""
+        from perwatt import registry
+        from perwatt.recipe import Budget, PassStep
+
+        artifact = Artifact.load(model)
+        loaded = {role: Samples.load(Path(where)) for role, where in roles.items()}
+        context = Context(
+            samples=loaded.__getitem__,
+            capabilities=capabilities_from_json(capabilities),
+            budget=Budget.model_validate(budget),
+            seed=seed,
+            deadline=None,
+            progress=lambda text: self.say({"progress": text}),
+            execute=lambda a, batches, taps: _execute(a, batches, taps, Path(folder)),
+            measure=lambda artifacts: _not_here(),
+        )
+        made_by = registry.bind(PassStep(**step))
+        after, changes = made_by.run(artifact, context)
+        path = model if after is artifact else str(after.file(folder))
+        return {"model": path, "changes": changes}
+
+    # Targets ----------------------------------------------------------------------------------------------------
+
+    def target(self, name: str) -> dict[str, Any]:
+        """What a target says of itself here."""
+        from perwatt import registry
+
+        found = registry.target(name)
+        missing = found.missing()
+        if missing:
+            return {"missing": missing, "capabilities": None, "versions": {}}
+        return {"missing": [], "capabilities": asdict(found.capabilities()), "versions": found.versions()}
+
+    def open(self, target: str, model: str, point: dict[str, Any]) -> dict[str, Any]:
+        """Lower `model`; the program stays open in this worker."""
+        from perwatt import registry
+
+        self.program = registry.target(target).lower(Artifact.load(model), OperatingPoint(**point))
+        return self.program.facts()
+
+    def open_eager(self, exported: str, model: str, point: dict[str, Any]) -> dict[str, Any]:
+        """torch eager as the program of this worker."""
+        from perwatt.eager import EagerProgram
+
+        self.program = EagerProgram(Path(exported), Artifact.load(model).signature, OperatingPoint(**point))
+        return self.program.facts()
+
+    def predict(self, samples: str, out: str) -> dict[str, Any]:
+        """Outputs of the opened program over all samples, one `.npz` for each batch."""
+        program = self._program()
+        return {"batches": _store((program.run(batch) for batch in Samples.load(Path(samples))), Path(out))}
+
+    def prepare(self, samples: str, warm_up_s: float) -> dict[str, Any]:
+        """Take the calls for timing from `samples`, and run them until warm."""
+        program = self._program()
+        drawn = Samples.load(Path(samples)).take(max(TIMED_ITEMS, program.batch_size or 1))
+        self.calls = []
+        size = 0
+        for call in as_calls(program.signature, list(drawn), program.batch_size or 1):
+            size += sum(array.nbytes for array in call.values())
+            if self.calls and size > TIMED_BYTES:
+                break
+            self.calls.append({name: np.ascontiguousarray(array) for name, array in call.items()})
+        # Calls come grouped by shape; in traffic they do not.
+        np.random.default_rng(0).shuffle(self.calls)  # type: ignore[arg-type]
+        program.drive(self.calls, 0.0)
+        for call in self.calls:
+            program.call(call)
+        program.drive(self.calls, warm_up_s)
+        return {"calls": len(self.calls)}
+
+    def drive(self, seconds: float) -> dict[str, Any]:
+        """One window of load, with its energy where a meter is to be had."""
+        program, meter = self._program(), self._meter()
+        meter.start()
+        window = program.drive(self.calls, seconds)
+        window.energy_j = meter.stop(window)
+        _settle()
+        return asdict(window)
+
+    def meter_facts(self) -> dict[str, Any]:
+        """How joules are come by on this machine."""
+        described: dict[str, Any] = self._meter().describe()
+        return described
+
+    def save(self, folder: str) -> dict[str, Any]:
+        """What is deployed, written into `folder`."""
+        where = Path(folder)
+        where.mkdir(parents=True, exist_ok=True)
+        return {"files": [str(path) for path in self._program().save(where)]}
+
+    def memory(self) -> dict[str, Any]:
+        """The highest resident memory of this process so far, in bytes (None where the system doesn't say)."""
+        return {"peak_memory_bytes": _status_bytes("VmHWM")}
+
+    def _program(self) -> Program:
+        if self.program is None:
+            raise BackendError("no program is open in this worker")
+        return self.program
+
+    def _meter(self) -> Any:
+        if self.meter is None:
+            from perwatt.bench.modelled import Modelled
+
+            self.meter = Modelled()
+        return self.meter
+
+
+def capabilities_from_json(plain: dict[str, Any]) -> Capabilities:
+    """The capabilities that another process sent."""
+    styles = tuple(QuantizationStyle(**style) for style in plain["quantization_styles"])
+    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return Capabilities(**{**lists, "quantization_styles": styles})
+
+
+def load_outputs(folder: str | Path) -> list[Batch]:
+    """What `predict` and `reference` stored."""
+    batches = []
+    for path in sorted(Path(folder).glob("*.npz")):
+        with np.load(path, allow_pickle=False) as archive:
+            batches.append({name: archive[name] for name in archive.files})
+    return batches
+
+
+def _store(batches: Any, folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for count, batch in enumerate(batches, 1):  # noqa: B007
+        np.savez(folder / f"{count:06d}.npz", **batch)
+    return count
+
+
+def _execute(artifact: Artifact, batches: Samples, taps: Sequence[str], folder: Path) -> list[Batch]:
+    from perwatt.reference import Reference
+
+    return list(Reference(artifact, folder, taps).run(batches))
+
+
+def _not_here() -> list[float]:
+    raise BackendError("an isolated pass can't measure: measuring wants a worker for each side")
+
+
+def _settle() -> None:
+    """Wait until this process is idle: a thread pool may spin for a while, and would disturb the other side."""
+    until = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < until:
+        before = cpu_seconds()
+        time.sleep(0.01)
+        if cpu_seconds() - before < 0.002:
+            return
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    line = next((entry for entry in text.split("\n") if entry.startswith(field + ":")), None)
+    return int(line.split()[1]) * 1024 if line else None
+
+
+def _watch(parent: int, limit: int | None) -> None:
+    """End this process when its parent is gone, or when it holds more memory than it may."""
+    while True:
+        if os.getppid() != parent:
+            os._exit(0)
+        used = _status_bytes("VmRSS")
+        if limit and used and used > limit:
+            sys.stderr.write(f"out of memory: {used / 1e9:.1f} GB used, {limit / 1e9:.1f} GB allowed\n")
+            sys.stderr.flush()
+            os._exit(137)
+        time.sleep(WATCH_S)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _quiet() -> None:
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+
+
+def serve(parent: int) -> None:
+    """Answer until standard input ends."""
+    _die_with_parent()
+    limit = os.environ.get("PERWATT_MEMORY_LIMIT")
+    threading.Thread(target=_watch, args=(parent, int(limit) if limit else None), daemon=True).start()
+    # Libraries print; the protocol gets a file of its own, and what they print goes to the log.
+    protocol = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _quiet()
+
+    def say(answer: dict[str, Any]) -> None:
+        protocol.write(json.dumps(answer) + "\n")
+        protocol.flush()
+
+    session = Session(say)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            say({"result": getattr(session, request["operation"])(**request["parameters"])})
+        except PerwattError as error:
+            say({"error": {"type": type(error).__name__, "message": error.message, "fix": error.fix}})
+        except MemoryError:
+            say({"error": {"type": "BackendError", "message": f"out of memory during {request['operation']}"}})
+        except Exception as error:
+            words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            say({"error": {"type": "BackendError", "message": f"{request['operation']} failed: {words}"}})
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -1,0 +1,306 @@
+"""Writes the bundle of a finished run: the deployable model, how to run it, and the evidence."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from perwatt import recipe as recipes
+from perwatt import registry
+from perwatt.bundle import LOCK, Bundle, digest_of, program_json, write_json, writing
+from perwatt.compilation import Run, model_name
+from perwatt.measurement import Ratio
+from perwatt.measuring import FIGURES, Side, figures, ratios
+from perwatt.report import Report
+
+LABELLED = ("power_w", "energy_j_per_inference", "throughput_per_watt")
+RECORDED_PACKAGES = (
+    "perwatt", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "nncf", "torch", "transformers",
+    "safetensors", "pydantic", "pillow",
+)  # fmt: skip
+
+
+def write_bundle(run: Run, out: Path) -> Bundle:
+    """Write everything into `out`, whole or not at all."""
+    winner = run.result.sides.get("optimized", run.result.sides["original"])
+    with writing(out) as folder:
+        artifact = run.result.winner.branch.artifact
+        _copy_model(run, folder)
+        target = registry.target(run.recipe.target.name)
+        winner.worker.call("save", folder=str(folder / target.name()))
+        write_json(folder / "program.json", program_json(target.name(), artifact.signature, winner.facts))
+        script = target.script()
+        if script is not None:
+            (folder / "run.py").write_text(script)
+        _copy_assets(run, folder)
+        (folder / "recipe.yaml").write_text(recipes.dump(resolved(run)))
+        report = build_report(run, _sizes(run, target.name()))
+        (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
+        _write_html(report, folder)
+        write_json(folder / LOCK, lock(run, folder))
+    return Bundle(out)
+
+
+def _copy_model(run: Run, folder: Path) -> None:
+    path = run.result.winner.branch.artifact.file(run.folder)
+    shutil.copy(path, folder / "model.onnx")
+    data = path.with_name(path.name + ".data")
+    if data.exists():
+        # The file names its data by the old name.
+        import onnx_ir as ir
+
+        ir.save(ir.load(str(path)), str(folder / "model.onnx"), external_data="model.onnx.data")
+
+
+def _copy_assets(run: Run, folder: Path) -> None:
+    if run.reading.assets:
+        (folder / "tokenizer").mkdir()
+    for asset in run.reading.assets:
+        shutil.copy(asset, folder / "tokenizer" / asset.name)
+
+
+def _write_html(report: Report, folder: Path) -> None:
+    from perwatt.report_html import render
+
+    (folder / "report.html").write_text(render(report), encoding="utf-8")
+
+
+def _sizes(run: Run, target: str) -> dict[str, int]:
+    """Bytes of what each side deploys."""
+    sizes = {}
+    for label, side in run.result.sides.items():
+        if label == "torch eager":
+            continue
+        where = run.folder / f"saved-{label.replace(' ', '-')}"
+        files = side.worker.call("save", folder=str(where))["files"]
+        sizes[label] = sum(Path(file).stat().st_size for file in files)
+    return sizes
+
+
+def resolved(run: Run) -> recipes.Recipe:
+    """The recipe with what was decided spelled out: passes and metric."""
+    data = run.recipe.data
+    if run.evaluation is not None and data.metric is None:
+        data = data.model_copy(update={"metric": run.evaluation.metric.name})
+    budget = run.recipe.budget
+    if budget.max_drop is None and run.evaluation is not None:
+        budget = budget.model_copy(update={"max_drop": run.max_drop})
+    return run.recipe.model_copy(update={"passes": run.steps, "data": data, "budget": budget})
+
+
+def build_report(run: Run, sizes: dict[str, int]) -> Report:
+    """The report of a finished run."""
+    result, sides = run.result, run.result.sides
+    original = sides["original"]
+    shipped = sides.get("optimized", original)
+    energy = run.facts["energy"]
+    peaks = {label: side.peak_memory_bytes() for label, side in sides.items()}
+    comparison = result.comparison
+    score = result.score.value if result.score is not None else None
+    baseline_accuracy = run.evaluation.original.value if run.evaluation is not None else None
+
+    def side_figures(label: str, accuracy: float | None) -> dict[str, Any]:
+        side = sides[label]
+        found: dict[str, Any] = dict(figures(side.windows))
+        for name in LABELLED:
+            found[name] = {"value": found[name], "method": energy["method"], "boundary": energy["boundary"]}
+        return {
+            **found,
+            "size_bytes": sizes.get(label),
+            "peak_memory_bytes": peaks[label],
+            "accuracy": accuracy,
+            "operating_point": side.facts["operating_point"],
+            "execution_precision": side.facts["execution_precision"],
+        }
+
+    label = "optimized" if "optimized" in sides else "original"
+    graph_base = "original at the same point" if "original at the same point" in sides else "original"
+    best_lossy = _last_word(run)
+    return Report.model_validate(
+        {
+            "perwatt_version": version("perwatt"),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - run.started, 2),
+            "outcome": result.outcome,
+            "reason": result.reason,
+            "model": _model_facts(run),
+            "target": _target_facts(run, shipped),
+            "original": side_figures("original", baseline_accuracy),
+            "optimized": side_figures(label, score),
+            "ratio": _ratio_figures(shipped, original, sizes, peaks, label, "original", score, baseline_accuracy),
+            "ratio_graph": _ratio_figures(shipped, sides[graph_base], sizes, peaks, label, graph_base, score, baseline_accuracy),
+            "accuracy": _accuracy(run) if comparison is not None else None,
+            "torch_eager": _eager(sides, shipped),
+            "passes": [row.to_json() for row in run.rows],
+            "candidates": [_candidate(c) for c in result.candidates],
+            "energy": energy,
+            "measuring": _measuring(original),
+            "data": run.facts["data"],
+            "notes": list(dict.fromkeys(result.notes)),
+            "last_word": best_lossy,
+        }
+    )
+
+
+def _model_facts(run: Run) -> dict[str, Any]:
+    signature = run.reading.artifact.signature
+    return {
+        "name": model_name(run.recipe),
+        "path": run.recipe.model.path,
+        "format": run.reading.format,
+        "digest": run.reading.artifact.digest(),
+        "inputs": [str(spec) for spec in signature.inputs],
+        "outputs": [str(spec) for spec in signature.outputs],
+        "weights_bytes": run.reading.artifact.size_bytes(),
+    }
+
+
+def _target_facts(run: Run, side: Side) -> dict[str, Any]:
+    return {
+        "name": run.recipe.target.name,
+        "backend": side.facts["backend"],
+        "device": side.facts["device"],
+        "scenario": run.recipe.target.scenario,
+        "batch": side.facts["operating_point"]["batch"],
+        "versions": run.target["versions"],
+        "isa": list(run.capabilities.isa),
+    }
+
+
+def _ratio_figures(ours: Side, theirs: Side, sizes: dict[str, int], peaks: dict[str, int | None], label: str, base: str,
+                   accuracy: float | None, baseline_accuracy: float | None) -> dict[str, Any]:  # fmt: skip
+    if ours is theirs:
+        # One program: nothing was measured twice, so there is no noise to report.
+        measured = {name: Ratio(1.0, 1.0, 1.0) if figures(ours.windows)[name] is not None else Ratio(None) for name in FIGURES}
+    else:
+        measured = ratios(ours, theirs)
+    plain = {name: {"value": r.value, "low": r.low, "high": r.high} for name, r in measured.items()}
+
+    def exact(a: float | None, b: float | None) -> dict[str, float | None]:
+        value = a / b if a is not None and b else None
+        return {"value": value, "low": value, "high": value}
+
+    plain["size_bytes"] = exact(sizes.get(label), sizes.get(base))
+    plain["peak_memory_bytes"] = exact(peaks[label], peaks[base])
+    plain["accuracy"] = exact(accuracy, baseline_accuracy)
+    return plain
+
+
+def _accuracy(run: Run) -> dict[str, Any]:
+    comparison, evaluation, result = run.result.comparison, run.evaluation, run.result
+    assert comparison is not None and evaluation is not None and result.score is not None
+    return {
+        "metric": evaluation.metric.name,
+        "unit": evaluation.metric.unit,
+        "higher_is_better": evaluation.metric.higher_is_better,
+        "n": comparison.n,
+        "n_unseen": run.facts["data"]["unseen"],
+        "original": evaluation.original.value,
+        "optimized": result.score.value,
+        "drop": comparison.drop,
+        "low": comparison.low if math.isfinite(comparison.low) else None,
+        "high": comparison.high if math.isfinite(comparison.high) else None,
+        "flips_lost": comparison.flips_lost,
+        "flips_gained": comparison.flips_gained,
+        "max_drop": run.max_drop,
+        "original_as_run": result.original_as_run,
+    }
+
+
+def _eager(sides: dict[str, Side], shipped: Side) -> dict[str, Any] | None:
+    side = sides.get("torch eager")
+    if side is None or not side.windows:
+        return None
+    found = figures(side.windows)
+    ratio = ratios(shipped, side)["cpu_s_per_inference"]
+    return {
+        "version": side.facts["version"],
+        "cpu_s_per_inference": found["cpu_s_per_inference"],
+        "throughput_per_s": found["throughput_per_s"],
+        "latency_p50_ms": found["latency_p50_ms"],
+        "cpu_s_ratio": {"value": ratio.value, "low": ratio.low, "high": ratio.high},
+    }
+
+
+def _candidate(candidate: Any) -> dict[str, Any]:
+    def plain(name: str) -> dict[str, Any] | None:
+        found = candidate.ratios.get(name)
+        return None if found is None else {"value": found.value, "low": found.low, "high": found.high}
+
+    return {
+        "name": candidate.name,
+        "passes": candidate.branch.applied(),
+        "floating_precision": candidate.point.floating_precision,
+        "verdict": candidate.verdict,
+        "reason": candidate.reason,
+        "cpu_s_ratio": plain("cpu_s_per_inference"),
+        "throughput_ratio": plain("throughput_per_s"),
+        "drop": candidate.drop.drop if candidate.drop is not None else None,
+    }
+
+
+def _measuring(side: Side) -> dict[str, Any]:
+    return {
+        "protocol": "one process for each side, windows interleaved in alternating order, ratios within rounds, 95 % intervals (Student's t on log-ratios)",
+        "rounds": len(side.windows),
+        "window_s": round(sum(w.wall_s for w in side.windows) / len(side.windows), 3),
+        "calls": sum(len(w.latencies_ms) for w in side.windows),
+    }
+
+
+def _last_word(run: Run) -> str | None:
+    """What would bring more: samples, or a larger budget."""
+    lossy = [c for c in run.result.candidates if c.branch.lossy and c.verdict == "rejected" and c.ratios]
+    faster = [c for c in lossy if (c.ratios["cpu_s_per_inference"].high or 9) < 1]
+    if not faster:
+        return None
+    best = min(faster, key=lambda c: c.ratios["cpu_s_per_inference"].value or 9)
+    gain = best.ratios["cpu_s_per_inference"].inverse().value
+    name = best.branch.applied()[-1]
+    if run.evaluation is None:
+        return f"{name} would be {gain:.1f}× (speed measured, accuracy unknown): give about 100 samples with --data"
+    if best.drop is not None and best.drop.drop > run.max_drop:
+        unit = " points" if run.evaluation.metric.unit == "fraction" else ""
+        return f"{name} would be {gain:.1f}× at {best.drop.drop:.2f}{unit} lost: --max-drop {best.drop.drop:.2f} would allow it"
+    return None
+
+
+def lock(run: Run, folder: Path) -> dict[str, Any]:
+    """What went in, what was decided, what came out: digests, recipe, decisions, seeds, versions, hardware."""
+    model = Path(run.recipe.model.path)
+    return {
+        "lock_version": 1,
+        "model": {"name": model_name(run.recipe), "path": run.recipe.model.path, "sha256": digest_of(model),
+                  "artifact": run.reading.artifact.digest()},
+        "data": dict(run.roles.sources),
+        "recipe": resolved(run).model_dump(mode="json"),
+        "decisions": {
+            "outcome": run.result.outcome,
+            "passes": [{"name": s.name, "settings": s.settings} for s in run.result.winner.branch.artifact.steps],
+            "operating_point": run.result.winner.point.to_json(),
+            "artifact": run.result.winner.branch.artifact.digest(),
+        },
+        "seeds": {"seed": run.recipe.seed},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "isa": list(run.capabilities.isa),
+                     "device": run.result.sides["original"].facts["device"]},
+        "outputs": {str(p.relative_to(folder)): digest_of(p) for p in sorted(folder.rglob("*")) if p.is_file()},
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
