@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from perwatt.errors import InputError
 from perwatt.signature import Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -80,7 +81,10 @@ class Artifact:
         if self._model is None:
             import onnx_ir as ir
 
-            self._model = ir.load(str(self.path))
+            try:
+                self._model = ir.load(str(self.path))
+            except ir.serde.SerdeError as error:
+                raise InputError(f"{self.path} is no ONNX model that can be read: {' '.join(str(error).split())[:200]}") from error
         return self._model
 
     @property
@@ -191,9 +195,9 @@ def _spec(value: Any) -> TensorSpec:
         return TensorSpec(value.name, _numpy_name(value.dtype), None)
     dims: list[int | str] = []
     for axis, dim in enumerate(value.shape):
-        if isinstance(dim, int):
+        if isinstance(dim, int) and dim >= 0:
             dims.append(dim)
-        elif getattr(dim, "value", None) is None:
+        elif isinstance(dim, int) or getattr(dim, "value", None) is None:
             # Old exporters leave dynamic axes unnamed; the first is the batch in all that was seen.
             dims.append("batch" if axis == 0 else f"{value.name}_{axis}")
         else:

@@ -62,7 +62,7 @@ class Samples:
         """Disjoint parts by name, drawn at random; fractions sum to one."""
         order = np.random.default_rng(seed).permutation(len(self))
         edges = np.round(np.cumsum([0.0, *fractions.values()]) * len(self)).astype(int)
-        return {name: self.subset(order[a:b]) for name, a, b in zip(fractions, edges, edges[1:], strict=True)}
+        return {name: self.subset(order[a:b]) for name, a, b in zip(fractions, edges[:-1], edges[1:], strict=True)}
 
     def without_labels(self) -> Samples:
         """The same inputs, labels unknown."""

@@ -47,11 +47,12 @@ class Side:
         self.worker = worker
         self.facts: dict[str, Any] = {}
         self.windows: list[Window] = []
+        self._prepared: Path | None = None
 
     @classmethod
-    def lowered(cls, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path) -> Side:
-        """Start a worker and lower `artifact` in it."""
-        side = cls(label, Worker(label))
+    def lowered(cls, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path, worker: Worker | None = None) -> Side:
+        """Lower `artifact` in a worker of its own, or in `worker`, whose last program makes room for it."""
+        side = cls(label, worker or Worker(label))
         try:
             side.facts = side.worker.call("open", target=target, model=str(artifact.file(folder)), point=asdict(point))
         except BaseException:
@@ -73,8 +74,10 @@ class Side:
         return side
 
     def prepare(self, samples: Path, warm_up_s: float) -> None:
-        """Load the calls and warm up."""
-        self.worker.call("prepare", samples=str(samples), warm_up_s=warm_up_s)
+        """Load the calls and warm up; a side that did so already is warm."""
+        if self._prepared != samples:
+            self.worker.call("prepare", samples=str(samples), warm_up_s=warm_up_s)
+            self._prepared = samples
 
     def window(self, seconds: float) -> Window:
         """One more window of load."""
@@ -93,9 +96,14 @@ class Side:
 
 
 def interleave(
-    sides: Sequence[Side], samples: Path, effort: Effort, progress: Callable[[float], None] = lambda share: None
+    sides: Sequence[Side],
+    samples: Path,
+    effort: Effort,
+    progress: Callable[[float], None] = lambda share: None,
+    hopeless: Callable[[Ratio], bool] = lambda ratio: False,
 ) -> None:
-    """Give all sides windows in turn. The first side is compared with the last: their ratio decides when it is enough."""
+    """Give all sides windows in turn. The first side is compared with the last: their ratio of CPU seconds decides when
+    it is enough, because it is known well or because it is `hopeless`."""
     for side in sides:
         side.windows.clear()
         side.prepare(samples, effort.warm_up_s)
@@ -110,7 +118,12 @@ def interleave(
         progress(min(1.0, max(rounds / effort.min_rounds / 2, spent / effort.max_s)))
         if spent > effort.max_s and rounds >= 2:
             return
-        if rounds >= effort.min_rounds and (len(sides) < 2 or half_width(ratios(sides[-1], sides[0])["cpu_s_per_inference"]) < effort.tight):
+        if rounds < effort.min_rounds:
+            continue
+        if len(sides) < 2:
+            return
+        ratio = ratios(sides[-1], sides[0])["cpu_s_per_inference"]
+        if half_width(ratio) < effort.tight or hopeless(ratio):
             return
 
 

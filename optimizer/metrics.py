@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from perwatt.data import Samples
 from perwatt.datasets_callable import explained, is_callable_spec, load_callable
 from perwatt.errors import InputError, nearest
 from perwatt.metrics_paired import binomial_tail, t_quantile, tango_interval
+from perwatt.metrics_rows import aligned
 from perwatt.signature import Array, Batch
 
 CHANCE_NEEDS = 30
@@ -114,7 +115,7 @@ class Agreement(Metric):
         if name is None:
             raise InputError("agreement needs class scores [N, classes]", fix="use --metric cosine")
         agreed = []
-        for mine, theirs in _aligned(outputs, reference, len(samples)):
+        for mine, theirs in aligned(outputs, reference, len(samples)):
             ours, original = _class_scores(mine[name]), _class_scores(theirs[name])
             agreed.append((ours.argmax(axis=1) == original.argmax(axis=1)) & ~np.isnan(ours).any(axis=1))
         return _scored(np.concatenate(agreed) if agreed else np.zeros(0))
@@ -327,7 +328,7 @@ def _per_sample(
     if labels is not None and (labels.dtype.kind == "f" or name == "mse"):
         return measure(*_against_labels(outputs, labels, name))
     found = []
-    for mine, theirs in _aligned(outputs, reference, len(samples)):
+    for mine, theirs in aligned(outputs, reference, len(samples)):
         names = [n for n, array in theirs.items() if _is_float(array)]
         if not names:
             raise InputError(f"--metric {name} needs float outputs, the model has none")
@@ -369,42 +370,3 @@ def _squared_error(ours: Array, wanted: Array) -> Array:
     with np.errstate(invalid="ignore", over="ignore"):
         squared = np.where(ours == wanted, 0.0, (ours - wanted) ** 2)
     return np.asarray(np.nan_to_num(squared.mean(axis=1), nan=np.inf, posinf=np.inf))
-
-
-def _aligned(ours: Sequence[Batch], reference: Sequence[Batch] | None, count: int) -> Iterator[tuple[Batch, Batch]]:
-    """Both lists cut at the same rows; where they aren't rows of `count` items (no batch axis), one call is one row."""
-    theirs = ours if reference is None else reference
-    if not (_is_rowwise(ours, count) and _is_rowwise(theirs, count)):
-        if len(ours) != len(theirs):
-            raise InputError(f"{len(ours)} results against {len(theirs)} of the original")
-        ours, theirs = _stacked(ours), _stacked(theirs)
-    left, right = list(ours), list(theirs)
-    while left and right:
-        size = min(_length(left[0]), _length(right[0]))
-        yield _cut(left, size), _cut(right, size)
-
-
-def _cut(batches: list[Batch], size: int) -> Batch:
-    """The first `size` rows, taken off the front of `batches`."""
-    first = batches[0]
-    head = {name: array[:size] for name, array in first.items()}
-    if _length(first) == size:
-        batches.pop(0)
-    else:
-        batches[0] = {name: array[size:] for name, array in first.items()}
-    return head
-
-
-def _length(batch: Mapping[str, Any]) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _is_rowwise(outputs: Sequence[Batch], count: int) -> bool:
-    if any(np.ndim(array) == 0 for batch in outputs for array in batch.values()):
-        return False
-    lengths = [{len(array) for array in batch.values()} for batch in outputs]
-    return all(len(found) == 1 for found in lengths) and sum(found.pop() for found in lengths) == count
-
-
-def _stacked(outputs: Sequence[Batch]) -> list[Batch]:
-    return [{name: np.asarray(array)[None] for name, array in batch.items()} for batch in outputs]

@@ -83,7 +83,9 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -95,6 +97,10 @@ class Progress:
         self._span = (begin, min(1.0, begin + OPEN_STAGE) if until is None else until)
         self._advance(begin)
         self._say(self._name)
+
+    def stage_at(self, share: float) -> None:
+        """The stage goes on; `share` (0..1) of the whole run is done."""
+        self._advance(share)
 
     def update(self, share_of_stage: float) -> None:
         """So much (0..1) of the stage is done."""

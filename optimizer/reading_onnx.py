@@ -180,6 +180,11 @@ def _at_opset(model: Any, path: Path, convert: Convert) -> tuple[Any, list[str]]
 def _converted(model: Any, goal: int, convert: Convert) -> Any:
     import onnx_ir as ir
 
+    for node in model.graph.all_nodes():
+        inner = any(attribute.type.name in ("GRAPH", "GRAPHS") for attribute in node.attributes.values())
+        if inner and node.domain not in ("", "ai.onnx"):
+            # It leaves these graphs at the old opset, under the new number.
+            raise PerwattError(f"the converter does not look inside {node.domain}.{node.op_type}")
     if sum(tensor.nbytes for tensor in _tensors(model)) > _LARGEST_CONVERTED_BYTES:
         raise PerwattError("its weights are too large for the converter")
     with tempfile.TemporaryDirectory(prefix="perwatt-") as folder:

@@ -136,7 +136,13 @@ def program_reasons(program: Any) -> Iterator[str]:
         reason = check_guard(str(guard))
         if reason:
             yield f"a guard {reason}: {_short(guard)}"
-    yield from _reasons({k: v for k, v in program.items() if k != "guards_code"})
+    ranges = program.get("range_constraints") or {}
+    for expression in ranges:
+        reason = check_expression(str(expression))
+        if reason:
+            yield f"a size expression {reason}: {_short(expression)}"
+    yield from _reasons([value for key, value in program.items() if key not in ("guards_code", "range_constraints")])
+    yield from _reasons(list(ranges.values()))
 
 
 def _reasons(node: Any, key: str = "") -> Iterator[str]:

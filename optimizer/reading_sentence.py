@@ -44,7 +44,7 @@ def _inside(folder: Path, path: str) -> Path:
     return folder / path
 
 
-def SentenceEncoder(network: Any, names: Sequence[str], folder: Path, modules: Sequence[Mapping[str, Any]]) -> Any:  # noqa: N802
+def SentenceEncoder(network: Any, names: Sequence[str], folder: Path, modules: Sequence[Mapping[str, Any]]) -> Any:
     """A torch module that takes the encoder's inputs in order and gives {"sentence_embedding"} (or {"logits"})."""
     import torch
 

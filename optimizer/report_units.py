@@ -49,13 +49,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def in_units(values: Sequence[float | None], units: Units) -> list[str]:
-    """All `values` in one unit, so that they compare at a glance: the largest one's, unless the smallest is too small."""
-    sizes = [abs(v) for v in map(known, values) if v]
-    factor, name = units[0]
-    if sizes:
-        fits = [unit for unit in units if max(sizes) >= unit[0] and min(sizes) >= 0.1 * unit[0]]
-        factor, name = fits[-1] if fits else units[0]
-    return [MISSING if known(v) is None else f"{number(v / factor)} {name}".strip() for v in values]
+    """All `values` in one unit, so that they compare at a glance: the largest that leaves the smallest readable."""
+    found = [known(value) for value in values]
+    sizes = [abs(value) for value in found if value]
+    fits = [unit for unit in units if sizes and max(sizes) >= unit[0] and min(sizes) >= 0.1 * unit[0]]
+    factor, name = fits[-1] if fits else units[0]
+    return [MISSING if value is None else f"{number(value / factor)} {name}".strip() for value in found]
 
 
 def signed(value: float, decimals: int) -> str:
@@ -69,14 +68,16 @@ def ratio_words(ratio: RatioFigure) -> tuple[str, str]:
     value, low, high = known(ratio.value), known(ratio.low), known(ratio.high)
     if value is None:
         return MISSING, ""
-    half = (high - low) / 2 if low is not None and high is not None else 0.0
     decimals = 2 if value < 10 else 1 if value < 100 else 0
-    if value < 10 and 0 < half < 0.01:
-        decimals = min(4, math.ceil(-math.log10(half)))
     if value < 0.1:
-        decimals = max(decimals, 3)
-    interval = f"[{low:.{decimals}f}, {high:.{decimals}f}]" if low is not None and high is not None else ""
-    return f"{value:.{decimals}f}×", interval
+        decimals = 3
+    # What is counted, not measured, comes with low = high = value: that is no interval.
+    if low is None or high is None or low == high:
+        return f"{value:.{decimals}f}×", ""
+    half = (high - low) / 2
+    if value < 10 and half < 0.01:
+        decimals = max(decimals, min(4, math.ceil(-math.log10(half))))
+    return f"{value:.{decimals}f}×", f"[{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
 def with_interval(ratio: RatioFigure) -> str:
@@ -94,6 +95,12 @@ def inverse(ratio: RatioFigure) -> RatioFigure:
         update={"value": turned(ratio.value), "low": turned(ratio.high), "high": turned(ratio.low)}
     )
     return made
+
+
+def compact(value: float | None, digits: int = 3) -> str:
+    """`number` without trailing zeros, for settings and budgets: 0.5, not 0.500."""
+    text = number(value, digits)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def percent_or_number(value: float | None, unit: str) -> str:

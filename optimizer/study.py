@@ -149,6 +149,7 @@ class Study:
         self.select, self.evaluation, self.max_drop = select, evaluation, max_drop
         self.effort, self.progress = effort, progress
         self.notes: list[str] = []
+        self._screening = Worker("candidate")
 
     # Judging ----------------------------------------------------------------------------------------------------
 
@@ -170,17 +171,17 @@ class Study:
 
     # Screening --------------------------------------------------------------------------------------------------
 
-    def _open(self, label: str, candidate: Candidate) -> Side:
-        return Side.lowered(label, self.target, candidate.branch.artifact, candidate.point, self.folder)
+    def _open(self, label: str, candidate: Candidate, worker: Worker | None = None) -> Side:
+        return Side.lowered(label, self.target, candidate.branch.artifact, candidate.point, self.folder, worker)
 
     def _at(self, precision: str | None) -> OperatingPoint:
         return replace(self.point, floating_precision=precision)
 
     def screen(self, candidate: Candidate, baseline: Side) -> None:
         """Accuracy on the select samples, then speed against the original; fills in what was found."""
-        side: Side | None = None
         try:
-            side = self._open(candidate.name, candidate)
+            # One process serves all candidates in turn; a crash costs its candidate, and the next call starts anew.
+            side = self._open(candidate.name, candidate, self._screening)
             if self.select is not None:
                 comparison = self._judge(candidate, side, self.select)
                 if self._too_much(comparison):
@@ -190,9 +191,6 @@ class Study:
             candidate.p99_ms = _p99(side)
         except BackendError as error:
             candidate.verdict, candidate.reason = "rejected", str(error)
-        finally:
-            if side is not None:
-                side.close()
 
     def choose_baseline(self) -> tuple[Candidate, Side, list[Candidate]]:
         """The original at its best permitted floating precision; the backend's own default unless another is better."""
@@ -251,6 +249,7 @@ class Study:
                 self.screen(candidate, side)
         finally:
             side.close()
+            self._screening.close()
         for candidate in found:
             self._permit(candidate)
         hopeful = sorted((c for c in found if c.verdict != "rejected" and _gain(c).value), key=_cost)
@@ -272,9 +271,12 @@ class Study:
             candidate.verdict, candidate.reason = "rejected", no_gain_text(_gain(candidate), self.budget.min_gain)
 
     def _final(self, baseline: Candidate, hopeful: Sequence[Candidate], considered: list[Candidate]) -> Result:
+        tried: dict[str, Side] | None = None
         for number, candidate in enumerate(hopeful[:FINAL_TRIES]):
+            if tried is not None:
+                _close(tried)
             self.progress(0.6 + 0.1 * number, f"measuring {candidate.name}")
-            sides = self._sides(baseline, candidate)
+            sides = self._sides(baseline, candidate, self.effort if number == 0 else replace(self.effort, max_s=self.effort.max_s / 2))
             try:
                 problem, comparison, score = self._confirm(candidate, sides)
             except BaseException:
@@ -285,10 +287,10 @@ class Study:
                 candidate.reason = f"{_gain_of(sides).value:.2f}× the original's inferences per CPU second"
                 return self._result("optimized", candidate.reason, baseline, candidate, sides, considered, comparison, score)
             candidate.verdict, candidate.reason = "rejected", problem
-            _close(sides)
-        return self._unchanged(baseline, considered)
+            tried = sides
+        return self._unchanged(baseline, considered, tried)
 
-    def _sides(self, baseline: Candidate, winner: Candidate) -> dict[str, Side]:
+    def _sides(self, baseline: Candidate, winner: Candidate, effort: Effort) -> dict[str, Side]:
         """Fresh workers: the original, the original at the winner's point where that differs, torch eager, the winner."""
         sides: dict[str, Side] = {}
         try:
@@ -306,7 +308,10 @@ class Study:
                     self.notes.append(f"torch eager could not be measured: {error}")
             if winner is not baseline:
                 sides["optimized"] = self._open("optimized", winner)
-            interleave(list(sides.values()), self.timing, self.effort, lambda share: self.progress(0.6 + 0.35 * share, "measuring"))
+            interleave(
+                list(sides.values()), self.timing, effort, lambda share: self.progress(0.6 + 0.35 * share, "measuring"),
+                lambda ratio: ratio.low is not None and ratio.low > 1 / (1 + self.budget.min_gain),
+            )  # fmt: skip
         except BaseException:
             _close(sides)
             raise
@@ -337,9 +342,16 @@ class Study:
         score = self.evaluation.score(load_outputs(out))
         return metrics.compare(self.evaluation.metric, self.evaluation.original, score), score
 
-    def _unchanged(self, baseline: Candidate, considered: list[Candidate]) -> Result:
-        self.progress(0.9, "measuring the original")
-        sides = self._sides(baseline, baseline)
+    def _unchanged(self, baseline: Candidate, considered: list[Candidate], tried: dict[str, Side] | None) -> Result:
+        """The original is the answer; its figures are those of the last comparison, where there was one."""
+        if tried is not None:
+            for label in ("optimized", "original at the same point"):
+                if label in tried:
+                    tried.pop(label).close()
+            sides = tried
+        else:
+            self.progress(0.9, "measuring the original")
+            sides = self._sides(baseline, baseline, self.effort)
         baseline.verdict = "shipped"
         comparison, score = self._evaluate(sides["original"]) if self.evaluation is not None else (None, None)
         best = min((c for c in considered if c.ratios), key=_cost, default=None)

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perwatt import report_table as figures
 from perwatt import report_words as words
 from perwatt.progress import Progress as Progress
-from perwatt.report_units import MISSING, duration, number, plain, ratio_words
+from perwatt.report_units import duration, number, plain
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -32,6 +33,7 @@ STYLES = {
     "–": "dim",
 }
 HEADLINE_STYLES = {"optimized": "bold green", "unchanged": "bold yellow", "budget_not_met": "bold red"}
+LABEL_WIDTH = 20
 # For the rare terminal that can't show them.
 ASCII = str.maketrans({
     "×": "x", "→": "->", "−": "-", "–": "-", "—": "-", "µ": "u", "÷": "/", "≈": "~", "…": "...", "·": "-", "•": "*",
@@ -49,7 +51,8 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
         out.line(plain(report.reason))
     out.line(words.subject(report), "dim")
     out.gap()
-    out.show(_figures(report))
+    out.show(_figures(report, wide=out.console.width >= 100))
+    out.gap()
     if report.accuracy is not None:
         out.section("Accuracy", words.accuracy_words(report.accuracy))
     out.gap()
@@ -58,7 +61,7 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
     out.section("Joules", words.joules_words(report))
     out.section("Ratios", words.point_words(report))
     eager = words.eager_words(report)
-    out.section("Beside it", [eager] if eager else [])
+    out.section("torch eager", [eager] if eager else [])
     if verbose:
         _details(out, report)
     out.section("Notes", map(plain, report.notes))
@@ -78,13 +81,17 @@ class _Out:
 
     def show(self, shown: RenderableType, soft_wrap: bool = False) -> None:
         """Print one renderable."""
-        if self.console.encoding.lower().startswith("utf"):
+        unicode = self.console.encoding.lower().startswith("utf")
+        if unicode and self.console.is_terminal:
             self.console.print(shown, soft_wrap=soft_wrap, highlight=False)
             return
         with self.console.capture() as caught:
             self.console.print(shown, soft_wrap=soft_wrap, highlight=False)
-        text = caught.get().translate(ASCII)
-        self.console.file.write(text.encode(self.console.encoding, "replace").decode(self.console.encoding))
+        # In a file or a pipe, columns filled up with spaces are in the way.
+        text = "\n".join(line.rstrip() for line in caught.get().split("\n"))
+        if not unicode:
+            text = text.translate(ASCII).encode(self.console.encoding, "replace").decode(self.console.encoding)
+        self.console.file.write(text)
 
     def line(self, text: str, style: str = "") -> None:
         """A line of prose, wrapped at words."""
@@ -125,23 +132,35 @@ def _grid(widths: tuple[int, ...]) -> Table:
     return grid
 
 
-def _figures(report: Report) -> Table:
+def _figures(report: Report, wide: bool) -> Table:
     table = _table("", "before", "after", "ratio [95 % interval]", "")
-    for row in words.lines(report):
+    for row in figures.lines(report):
         style = STYLES.get(row.verdict, "")
         ratio = f"{row.ratio} {row.interval}".strip()
         lead = "bold" if table.row_count == 0 else ""
         table.add_row(
-            _text(row.label, lead), _text(row.before), _text(row.after, lead), _text(ratio, style), _text(row.verdict, style)
+            _text(_label(row, wide), lead),
+            _text(row.before),
+            _text(row.after, lead),
+            _text(ratio, style),
+            _text(row.verdict, style),
         )
     return table
+
+
+def _label(row: figures.Line, wide: bool) -> str:
+    """The label with its note: beside it where there is room, else under it, so that ratios stay on one line."""
+    if not row.note:
+        return row.label
+    in_one_line = f"{row.label} ({row.note})"
+    return in_one_line if wide or len(in_one_line) <= LABEL_WIDTH else f"{row.label}\n({row.note})"
 
 
 def _table(*titles: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     for index, title in enumerate(titles):
         numeric = 0 < index < len(titles) - 1
         table.add_column(title, justify="right" if numeric else "left", overflow="fold")
@@ -180,8 +199,9 @@ def _details(out: _Out, report: Report) -> None:
     for title, side in (("Before", report.original), ("After", report.optimized)):
         out.section(title, ["; ".join(f"{name}: {value}" for name, value in words.operating_point_words(side))])
     for title, facts in (("Measuring", report.measuring), ("Data", report.data), ("Target", report.target)):
-        out.section(title, [f"{plain(key).replace('_', ' ')}: {words.value_words(value)}" for key, value in facts.items()])
-    out.section("Run", [f"perwatt {plain(report.perwatt_version)}, {plain(report.created)}, {duration(report.seconds)}"])
+        out.section(title, [f"{name}: {said}" for name, said in words.facts(facts)])
+    run = (f"perwatt {plain(report.perwatt_version)}", duration(report.seconds), plain(report.created))
+    out.section("Run", [", ".join(run)])
 
 
 def _deployment(out: _Out, report: Report, bundle: Path) -> None:
@@ -272,7 +292,7 @@ def _two_sided(facts: list[tuple[str, str, str]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     for title in ("differs", "A", "B"):
         table.add_column(title, overflow="fold")
     for row in facts:
@@ -282,7 +302,8 @@ def _two_sided(facts: list[tuple[str, str, str]]) -> Table:
 
 def _figures_of_two(a: Report, b: Report) -> Table:
     table = _table("", "A", "B", "B ÷ A", "")
-    for row in words.lines_of_two(a, b):
+    for row in figures.lines_of_two(a, b):
         style = STYLES.get(row.verdict, "")
-        table.add_row(*map(_text, (row.label, row.before, row.after)), _text(row.ratio, style), _text(row.verdict, style))
+        shown = map(_text, (row.label, row.before, row.after))
+        table.add_row(*shown, _text(row.ratio, style), _text(row.verdict, style))
     return table

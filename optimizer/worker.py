@@ -202,7 +202,7 @@ def load_outputs(folder: str | Path) -> list[Batch]:
 def _store(batches: Any, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007
+    for count, batch in enumerate(batches, 1):
         np.savez(folder / f"{count:06d}.npz", **batch)
     return count
 

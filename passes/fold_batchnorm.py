@@ -91,6 +91,7 @@ def fold(graph: Any, norm: Any) -> None:
     for value in values:
         value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
         graph.register_initializer(value)
+    replaced = [*norm.inputs[1:5], *product.inputs[1:]]
     merged = ir.Node(
         "", product.op_type, [product.inputs[0], *values], list(product.attributes.values()), name=product.name
     )
@@ -98,7 +99,7 @@ def fold(graph: Any, norm: Any) -> None:
     ir.convenience.replace_nodes_and_values(
         graph, norm, [norm, product], [merged], [norm.outputs[0]], [merged.outputs[0]]
     )
-    _drop_unused(graph, [*norm.inputs[1:5], *product.inputs[1:]])
+    _drop_unused(graph, replaced)
 
 
 def _along_output(product: Any, weight: Any, scale: Any) -> Any:

@@ -49,6 +49,11 @@ def a_side(cpu_s: float, *, energy: bool = True, **changes: Any) -> SideFigures:
     return SideFigures(**{**figures, **changes})
 
 
+def exact(value: float) -> RatioFigure:
+    """A ratio of what is counted: low and high are the value."""
+    return RatioFigure(value=value, low=value, high=value)
+
+
 def ratios(speed: float, *, energy: bool = True, half: float = 0.04) -> RatioFigures:
     """Ratios of a side that is `speed` times as fast, with an interval of ± `half`."""
 
@@ -62,9 +67,9 @@ def ratios(speed: float, *, energy: bool = True, half: float = 0.04) -> RatioFig
         throughput_per_s=faster,
         latency_p50_ms=slower,
         latency_p99_ms=around(1 / speed, 0.5),
-        size_bytes=RatioFigure(value=310_000 / 1_090_000),
-        peak_memory_bytes=RatioFigure(value=0.97),
-        accuracy=RatioFigure(value=0.9154 / 0.9164),
+        size_bytes=exact(310_000 / 1_090_000),
+        peak_memory_bytes=exact(0.97),
+        accuracy=exact(0.9154 / 0.9164),
         power_w=around(1.0, 0.01) if energy else missing,
         energy_j_per_inference=slower if energy else missing,
         throughput_per_watt=faster if energy else missing,
@@ -106,11 +111,14 @@ def some_passes() -> list[PassReport]:
             drift=DriftFigures(max_abs=0.31, relative=0.021),
             drift_from_original=DriftFigures(max_abs=0.31, relative=0.021),
             size_bytes={"before": 1_090_000, "after": 310_000},
-            measured={"cpu_s_per_inference": {"value": 0.64, "low": 0.62, "high": 0.66}, "drop": 0.1},
+            measured={
+                "inferences_per_cpu_s_ratio": {"value": 1.62, "low": 1.58, "high": 1.66},
+                "floating_precision": "bf16", "accuracy_drop": 0.1,
+            },
         ),
         a_pass("remove-dead", "rolled-back", reason="drift 0.2 is above the tolerance 1e-05"),
         a_pass("cast-half", "not-chosen", reason="no faster than the backend's own bf16",
-               measured={"throughput_per_s": {"value": 1.003, "low": 0.99, "high": 1.016}}),
+               measured={"inferences_per_cpu_s_ratio": {"value": 1.003, "low": 0.99, "high": 1.016}}),
     ]  # fmt: skip
 
 
@@ -119,7 +127,8 @@ def some_candidates() -> list[CandidateReport]:
     return [
         CandidateReport(
             name="int8", passes=["fold-batchnorm", "quantize-int8"], floating_precision="bf16", verdict="shipped",
-            reason="most inferences per joule within the budget", cpu_s_ratio=RatioFigure(value=0.62, low=0.6, high=0.64),
+            reason="most inferences per joule within the budget",
+            cpu_s_ratio=RatioFigure(value=0.62, low=0.6, high=0.64),
             throughput_ratio=RatioFigure(value=1.62, low=1.58, high=1.66), drop=0.1,
         ),
         CandidateReport(
@@ -143,7 +152,7 @@ def a_report(**changes: Any) -> Report:
         "reason": "int8 clears the noise and stays within the budget",
         "model": {
             "name": "resnet20", "path": "resnet20.pt", "format": "torchscript", "digest": "sha256:" + "3f" * 32,
-            "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 3, 32, 32]}], "outputs": [{"name": "y"}],
+            "inputs": ["x:float32[batch,3,32,32]"], "outputs": ["y:float32[batch,10]"], "weights_bytes": 1_090_000,
         },
         "target": {
             "name": "cpu", "backend": "OpenVINO", "device": "AMD EPYC 9B14", "scenario": "single-stream", "batch": 1,
@@ -165,7 +174,10 @@ def a_report(**changes: Any) -> Report:
             "source": "https://example.org/datasheet", "uncertainty": "a factor of 1.5",
         },
         "measuring": {"rounds": 12, "seconds": 9.8, "protocol": "interleaved windows of 0.25 s"},
-        "data": {"calibrate": 300, "select": 508, "confirm": 509, "assumed": ["one dataset given: it was split"]},
+        "data": {
+            "synthetic": False, "samples": {"calibrate": 300, "select": 508, "evaluation": 1017}, "unseen": 509,
+            "metric": None,
+        },
         "notes": ["one dataset was given alone and split: 300 to calibrate, 1,017 to evaluate"],
         "last_word": None,
     }  # fmt: skip
@@ -179,6 +191,6 @@ def without_energy(**changes: Any) -> Report:
         "optimized": a_side(80.2e-6, energy=False, size_bytes=310_000),
         "ratio": ratios(1.62, energy=False),
         "ratio_graph": ratios(1.62, energy=False),
-        "energy": {"method": "unavailable", "boundary": None, "how": "no energy counter, and Foo 1 is not in the power table"},
+        "energy": {"method": "unavailable", "boundary": None, "how": "no counter, and Foo 1 is not in the power table"},
     }
     return a_report(**{**facts, **changes})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from perwatt.datasets import Roles, kind_of, open_roles, peek
 from perwatt.datasets_fit import fit, parse_normalization
 from perwatt.datasets_source import Notes
@@ -222,11 +223,14 @@ def test_normalization_spellings() -> None:
     none = parse_normalization("none")
     assert none is not None and none.raw
     for text, message in [
-        ("imagnet", "did you mean imagenet"), ("a/b", "not mean"), ("0.5/0", "above 0"), ("127/58", "divide mean and std by 255"),
-    ]:  # fmt: skip
+        ("imagnet", "did you mean imagenet"),
+        ("a/b", "not mean"),
+        ("0.5/0", "above 0"),
+        ("127/58", "divide mean and std by 255"),
+    ]:
         with pytest.raises(InputError, match=message):
             parse_normalization(text)
-    with pytest.raises(InputError, match="3 values, input x:.* has 1 channels"):
+    with pytest.raises(InputError, match=r"3 values, input x:.* has 1 channels"):
         fit(
             pictures(2, (8, 6, 1)), TensorSpec("x", "float32", ("n", 1, 8, 6)),
             normalization=parse_normalization("imagenet"), raw=None, notes=Notes(),

@@ -1,0 +1,313 @@
+"""The command line: `optimize MODEL …` and its subcommands. Imports nothing heavy until there is work to do.
+
+Exit codes: 0 done (also unchanged), 1 reserved for a failed gate, 2 usage or input, 3 budget not met (the best so far is
+kept), 4 target not usable here, 5 internal. 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXIT_CODES = """\b
+Exit codes:
+  0  done (also when the answer is the original: outcome "unchanged")
+  1  reserved for a failed gate
+  2  usage or input: a file, a flag, a recipe, the data
+  3  budget not met; the best so far is kept
+  4  the target can't be used here
+  5  internal error, or a backend failed
+"""
+
+EXAMPLES = """\b
+Examples:
+  optimize model.onnx --target cpu
+  optimize model.pt --target cpu --data val/ --image 224 --normalize imagenet
+  optimize ./bert-folder --target cpu --data reviews.csv --text sentence --label label
+  optimize weights.th --arch net.py:resnet20 --data calib.npz --eval test.npz --max-drop 0.5
+  optimize --config recipe.yaml
+"""
+
+
+class Program(click.Group):
+    """`optimize MODEL …`: whatever is no subcommand is the main command."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] in self.commands:
+            return super().resolve_command(ctx, args)
+        return "run", self.commands["run"], args
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            args = ["--help"]
+        # Options before the model belong to the main command, not to the group.
+        if args[0].startswith("-") and args[0] not in ("--help", "-h", "--version"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        run = self.commands["run"]
+        formatter.write_usage(ctx.command_path, "MODEL [OPTIONS]  |  COMMAND [ARGS]…")
+        formatter.write_paragraph()
+        with formatter.indentation():
+            formatter.write_text(
+                "Makes a trained model do more inferences per joule on a target, proves every change on that model, "
+                "measures it against the original, and leaves a bundle that can be deployed without perwatt."
+            )
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, c.get_short_help_str(80)) for name, c in sorted(self.commands.items()) if not c.hidden])
+        run.format_options(ctx, formatter)
+        for block in (EXAMPLES, EXIT_CODES):
+            formatter.write_paragraph()
+            formatter.write_text(block)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in sorted(self.commands) if not self.commands[name].hidden]
+
+
+def _complete_pass(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from perwatt import registry
+
+    return [name for name in registry.names("passes") if name.startswith(incomplete)]
+
+
+def _complete_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    from perwatt import registry
+
+    return [name for name in [*registry.ALIASES, *registry.names("targets")] if name.startswith(incomplete)]
+
+
+OPTIONS: list[Callable[[Any], Any]] = [
+    click.option("--target", "-t", shell_complete=_complete_target, help="Where it will run; see `optimize targets`.  [default: cpu]"),
+    click.option("--config", "-c", type=click.Path(dir_okay=False), help="Recipe file; options override it."),
+    click.option("--data", metavar="PATH", help="Samples: .npz, folder of pictures, .csv/.tsv, or file.py:callable. Alone it serves everything and is split."),
+    click.option("--eval", "eval_", metavar="PATH", help="Labelled samples that accuracy is judged on; --data then calibrates."),
+    click.option("--train", metavar="PATH", help="Samples that passes may learn from."),
+    click.option("--image", metavar="N|HxW", help="Picture size that the model takes."),
+    click.option("--resize", type=int, help="Shorter side before the centre crop."),
+    click.option("--normalize", metavar="HOW", help="imagenet, cifar10, unit (x/255), none (0..255), or mean,…/std,…"),
+    click.option("--text", metavar="COL[,COL]", help="Column (or two) that holds the text."),
+    click.option("--label", metavar="COL", help="Column that holds the label."),
+    click.option("--metric", help="top1, top5, mse, cosine, agreement, or file.py:callable.  [default: by the labels]"),
+    click.option("--expect", type=float, metavar="PERCENT", help="Stop unless the original scores this."),
+    click.option("--max-samples", type=int, help="Use at most this many samples of each set."),
+    click.option("--max-drop", type=float, metavar="POINTS", help="Accuracy that may be lost: points, or metric units.  [default: 1.0]"),
+    click.option("--prove-accuracy", is_flag=True, default=None, help="The interval's bound must hold the budget, not the estimate."),
+    click.option("--p99", metavar="TIME", help="Latency that 99 % of calls must stay under, as 20ms."),
+    click.option("--min-gain", metavar="SHARE", help="Least gain worth shipping.  [default: 3%]"),
+    click.option("--time", metavar="TIME", help="Time budget of the run, as 90s, 10m."),
+    click.option("--passes", metavar="LIST", shell_complete=_complete_pass, help="default, a list in order, or edits: +prune-channels,-quantize-int8."),
+    click.option("--scenario", type=click.Choice(["single-stream", "offline"]), help="Optimize and measure latency, or throughput.  [default: single-stream]"),
+    click.option("--batch", type=int, help="Items in a call.  [default: 1, offline 32]"),
+    click.option("--threads", type=int, help="Threads.  [default: the backend's own]"),
+    click.option("--arch", metavar="FILE.py:NAME", help="Callable that builds the network which weights belong to."),
+    click.option("--arch-args", metavar="A=B,…", help="Its arguments: num_classes=10,… or a JSON object."),
+    click.option("--input", "input_", multiple=True, metavar="SPEC", help='Input type, as "x:float32[batch,3,32,32]". Repeatable.'),
+    click.option("--trust", is_flag=True, default=None, help="Allow code that the model file carries to run."),
+    click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
+    click.option("--out", "-o", type=click.Path(), help="Bundle folder.  [default: MODEL-TARGET]"),
+    click.option("--force", is_flag=True, help="Replace whatever the output folder holds."),
+    click.option("--dry-run", is_flag=True, help="Check everything, print the resolved recipe, do nothing."),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+    click.option("--verbose", "-v", is_flag=True, help="Print every step, and the trace of an internal error."),
+]
+
+
+def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="perwatt", prog_name="perwatt")
+def cli() -> None:
+    """The program; see `Program.format_help`."""
+
+
+@cli.command("run", hidden=True)
+@click.argument("model", required=False, type=click.Path())
+@_with_options
+def run(model: str | None, **flags: Any) -> None:
+    """Optimize MODEL."""
+    from perwatt.options import build_recipe
+
+    shown = {name: flags.pop(name) for name in ("as_json", "quiet", "verbose", "dry_run", "force", "out", "config")}
+    options = {name.rstrip("_"): value for name, value in flags.items()}
+    recipe = build_recipe(shown["config"], model=model, **options)
+    from perwatt.compilation import out_folder
+
+    out = out_folder(recipe, shown["out"])
+    if shown["dry_run"]:
+        _dry_run(recipe, out, shown)
+        return
+    mode = "silent" if shown["quiet"] or shown["as_json"] else ("lines" if shown["verbose"] else "bar")
+    bundle = _compile(recipe, out, shown["force"], mode)
+    report = bundle.report
+    if shown["as_json"]:
+        click.echo(json.dumps(report, indent=2))
+    elif not shown["quiet"]:
+        from perwatt.report import Report
+        from perwatt.terminal import print_report
+
+        print_report(Report.model_validate(report), bundle.path, verbose=shown["verbose"])
+    if bundle.outcome == "budget_not_met":
+        raise SystemExit(3)
+
+
+def _compile(recipe: Any, out: Path, force: bool, mode: Any) -> Any:
+    from perwatt.compilation import compile_model
+    from perwatt.progress import Progress
+
+    with Progress(mode) as shown:
+        last = ""
+
+        def progress(stage: str, share: float) -> None:
+            nonlocal last
+            if stage != last:
+                shown.stage(stage, share, until=share)
+            else:
+                shown.stage_at(share)
+            last = stage
+
+        return compile_model(recipe, out, force=force, progress=progress)
+
+
+def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
+    from perwatt import recipe as recipes
+    from perwatt import registry
+    from perwatt.bundle import check_destination, is_bundle
+    from perwatt.compilation import model_name, resolve_steps
+    from perwatt.reading import detect
+
+    steps = resolve_steps(recipe)
+    registry.target(recipe.target.name)
+    check_destination(out, model_name(recipe), shown["force"])
+    path = Path(recipe.model.path)
+    kind = "bundle" if is_bundle(path) else detect(path)
+    resolved = recipe.model_copy(update={"passes": steps})
+    if shown["as_json"]:
+        click.echo(json.dumps({"model_format": kind, "out": str(out), "recipe": resolved.model_dump(mode="json")}, indent=2))
+    elif not shown["quiet"]:
+        click.echo(f"# {path}: {kind}; the bundle would be {out}\n{recipes.dump(resolved)}", nl=False)
+
+
+@cli.command()
+@click.argument("model", type=click.Path())
+@click.option("--arch", metavar="FILE.py:NAME", help="Callable that builds the network which weights belong to.")
+@click.option("--input", "input_", multiple=True, metavar="SPEC", help='Input type, as "x:float32[batch,3,32,32]".')
+@click.option("--trust", is_flag=True, help="Allow code that the model file carries to run.")
+def init(model: str, arch: str | None, input_: tuple[str, ...], trust: bool) -> None:
+    """Print a commented starter recipe for MODEL: optimize init model.pt > recipe.yaml"""
+    from perwatt.starter import starter
+
+    click.echo(starter(Path(model), arch, list(input_), trust), nl=False)
+
+
+@cli.command()
+@click.argument("name", required=False, shell_complete=_complete_pass)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def passes(name: str | None, as_json: bool) -> None:
+    """What passes there are, or one pass's page."""
+    from perwatt import catalogue
+
+    entry = catalogue.one_pass(name) if name else catalogue.all_passes()
+    click.echo(json.dumps(entry, indent=2) if as_json else catalogue.as_text(entry))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def targets(as_json: bool) -> None:
+    """What targets there are, what each rewards, what is missing here and how to get it."""
+    from perwatt import catalogue
+
+    entry = catalogue.all_targets()
+    click.echo(json.dumps(entry, indent=2) if as_json else catalogue.targets_text(entry))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path())
+@click.argument("other", required=False, type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def show(bundle: str, other: str | None, as_json: bool) -> None:
+    """A bundle's report in the terminal; with two, what differs."""
+    from perwatt.bundle import open_bundle
+    from perwatt.report import Report
+    from perwatt.terminal import print_difference, print_report
+
+    opened = [open_bundle(path) for path in (bundle, other) if path]
+    if as_json:
+        plain = [each.report for each in opened]
+        click.echo(json.dumps(plain[0] if len(plain) == 1 else plain, indent=2))
+        return
+    reports = [Report.model_validate(each.report) for each in opened]
+    if len(reports) == 1:
+        print_report(reports[0], opened[0].path)
+    else:
+        print_difference(reports[0], reports[1], (bundle, str(other)))
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["recipe", "report"]))
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a recipe or of report.json, for editors and programs."""
+    from perwatt import registry, report
+
+    click.echo(json.dumps(registry.recipe_schema() if kind == "recipe" else report.schema(), indent=2))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for a shell: eval "$(optimize completion bash)" """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    for name in ("optimize", "perwatt"):
+        click.echo(found(cli, {}, name, f"_{name.upper()}_COMPLETE").source())
+
+
+def main() -> None:
+    """Run the program; every failure ends in one line and a documented exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except SystemExit:
+        raise
+    except click.exceptions.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except (click.Abort, KeyboardInterrupt):
+        _fail("stopped; nothing was written", 130, as_json)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2, as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except Exception as error:
+        from perwatt.errors import PerwattError
+
+        if isinstance(error, PerwattError):
+            _fail(str(error), error.exit_code, as_json)
+        if "--verbose" in sys.argv or "-v" in sys.argv:
+            raise
+        words = " ".join(str(error).split())[:300]
+        _fail(f"internal error: {type(error).__name__}: {words} (--verbose shows where)", 5, as_json)
+
+
+def _fail(message: str, code: int, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"error": message, "exit_code": code}))
+    click.echo(f"optimize: {' '.join(message.split())}", err=True)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

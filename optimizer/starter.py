@@ -1,0 +1,78 @@
+"""`optimize init MODEL`: a starter recipe, commented, for this very model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from perwatt import registry
+from perwatt.errors import InputError
+from perwatt.recipe import OneOf
+
+
+def starter(path: Path, arch: str | None, inputs: list[str], trust: bool) -> str:
+    """YAML with what is known filled in and what is to be decided commented. Raises InputError where the model can't be
+    read; types that only the user knows are left to fill in."""
+    from perwatt.api import read
+
+    found: Any = None
+    try:
+        found = read(path, arch=arch, input=inputs, trust=trust)
+        facts = f"{found.format}; inputs {', '.join(str(s) for s in found.artifact.signature.inputs)}; outputs " \
+                f"{', '.join(str(s) for s in found.artifact.signature.outputs)}"  # fmt: skip
+    except InputError as error:
+        if "--input" not in str(error):
+            raise
+        facts = f"not read yet: {error}"
+    text = found is not None and found.tokenizer is not None
+    picture = found is not None and any(s.shape and len(s.shape) == 4 for s in found.artifact.signature.inputs)
+    model = yaml.safe_dump({"model": {"path": str(path), **({"arch": arch} if arch else {}), **({"input": inputs} if inputs else {}),
+                                      **({"trust": True} if trust else {})}}, sort_keys=False, allow_unicode=True)  # fmt: skip
+    return "\n".join(
+        [
+            "# yaml-language-server: $schema=recipe.schema.json   (optimize schema recipe > recipe.schema.json)",
+            f"# {path.name}: {facts}",
+            model.rstrip(),
+            *([] if arch else ['  # arch: net.py:build          # for weights alone: the callable that builds the network']),
+            "",
+            *_data_lines(text, picture),
+            "",
+            "budget:",
+            "  max_drop: 1.0               # points of accuracy that may be lost (metric units otherwise)",
+            "  min_gain: 3%                # least gain worth shipping",
+            "  # p99_ms: 20                # latency that 99 % of calls must stay under",
+            "  # time: 10m                 # time budget of the run",
+            "",
+            "passes: default               # what `default` is today:",
+            *_pass_lines(),
+            "",
+            "target:",
+            "  name: cpu",
+            "  scenario: single-stream     # or offline: throughput instead of latency",
+            "  # threads: 2                # the backend's own choice otherwise",
+            "  # batch: 1",
+            "",
+        ]
+    )
+
+
+def _data_lines(text: bool, picture: bool) -> list[str]:
+    lines = ["# Without data nothing lossy is shipped. About 100 samples are enough to calibrate.", "data: {}"]
+    example = {
+        "text": ["#   all: reviews.csv", "#   text: sentence", "#   label: label"],
+        "picture": ["#   all: val/                 # one subfolder for each class, or an .npz", "#   image: 224", "#   normalize: imagenet"],
+        "array": ["#   all: samples.npz          # one array for each input, and labels"],
+    }["text" if text else "picture" if picture else "array"]
+    return [*lines, "# data:", *example, "#   # or apart: calibrate: train/, eval: val/"]
+
+
+def _pass_lines() -> list[str]:
+    lines = []
+    for step in registry.default_steps():
+        if isinstance(step, OneOf):
+            lines += ["# - one-of:                   # the measured best wins", *(f"#   - {s.name}" for s in step.steps)]
+        else:
+            lines.append(f"# - {step.name}")
+    return lines
