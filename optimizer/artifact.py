@@ -54,6 +54,8 @@ class Artifact:
     ) -> None:
         if model is None and path is None:
             raise ValueError("an artifact needs a model or a path")
+        if model is not None:
+            freeze(model)
         self._model = model
         self._signature = signature
         self._digest = digest
@@ -83,8 +85,10 @@ class Artifact:
 
             try:
                 self._model = ir.load(str(self.path))
-            except ir.serde.SerdeError as error:
-                raise InputError(f"{self.path} is no ONNX model that can be read: {' '.join(str(error).split())[:200]}") from error
+            except Exception as error:
+                # Protobuf, the file system and onnx_ir have errors of their own, with no common base.
+                words = " ".join(str(error).split())[:200]
+                raise InputError(f"{self.path} is no ONNX model that can be read: {words}") from error
         return self._model
 
     @property
@@ -106,13 +110,12 @@ class Artifact:
         for graph in graphs_of(model):
             values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
             for value in values:
-                # onnx_ir's clone shares these, and they can be changed in place.
-                value.type, value.shape = copy(value.type), copy(value.shape)
+                # onnx_ir's clone copies shapes and shares types, and types can be changed in place.
+                value.type = copy(value.type)
         return model
 
     def after(self, model: ir.Model, step: Step) -> Artifact:
         """The artifact that `step` made of this one."""
-        freeze(model)
         return Artifact(model=model, steps=(*self.steps, step))
 
     def with_steps(self, steps: tuple[Step, ...]) -> Artifact:
@@ -125,8 +128,11 @@ class Artifact:
 
         path = Path(path)
         external = path.name + ".data" if self.size_bytes() > EXTERNAL_DATA_ABOVE_BYTES else None
-        # ir.save replaces tensors by external ones in the model it is given, so big models are saved from a copy.
-        ir.save(self.edit() if external else self.model, str(path), external_data=external)
+        model = self.model
+        if external is None and any(isinstance(t, ir.ExternalTensor) for t in _weights(model)):
+            # Written as they are, they would name a file beside the model they came from.
+            model = ir.external_data.load_to_model(self.edit())
+        ir.save(model, str(path), external_data=external)
         facts = {"digest": self.digest(), "signature": asdict(self.signature), "steps": [asdict(s) for s in self.steps]}
         _sidecar(path).write_text(json.dumps(facts))
         if self.path is None:
@@ -142,12 +148,7 @@ class Artifact:
 
     def size_bytes(self) -> int:
         """Bytes of all weights, each shared array counted once."""
-        seen: dict[int, int] = {}
-        for graph in graphs_of(self.model):
-            for value in graph.initializers.values():
-                if value.const_value is not None:
-                    seen[id(value.const_value)] = value.const_value.nbytes
-        return sum(seen.values())
+        return sum({id(tensor): tensor.nbytes for tensor in _weights(self.model)}.values())
 
     def operator_counts(self) -> dict[str, int]:
         """How many nodes of each operator there are, subgraphs included; constants are not operators."""
@@ -167,8 +168,14 @@ def graphs_of(model: ir.Model) -> Iterator[Any]:
         yield from function.subgraphs()
 
 
+def _weights(model: ir.Model) -> Iterator[Any]:
+    """The tensor of every initializer, subgraphs included; one that several share comes several times."""
+    for graph in graphs_of(model):
+        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
+
+
 def freeze(model: ir.Model) -> None:
-    """Make every in-memory weight read-only, and free of whatever framework it came from."""
+    """Make every in-memory weight read-only and contiguous, and free of whatever framework it came from."""
     import onnx_ir as ir
 
     for graph in graphs_of(model):
@@ -176,9 +183,11 @@ def freeze(model: ir.Model) -> None:
             tensor = value.const_value
             if tensor is None or isinstance(tensor, ir.ExternalTensor | ir.StringTensor | ir.TensorProtoTensor):
                 continue
-            if isinstance(tensor, ir.LazyTensor) or type(tensor).__module__.startswith("torch."):
-                # Framework tensors keep a whole framework alive, and can be changed behind our back.
-                value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+            strided = isinstance(tensor, ir.Tensor) and not tensor.numpy().flags.c_contiguous
+            if strided or isinstance(tensor, ir.LazyTensor) or type(tensor).__module__.startswith("torch."):
+                # Framework tensors keep a whole framework alive, and can be changed behind our back; what hashes and
+                # writes bytes wants them in order.
+                value.const_value = ir.Tensor(tensor.numpy().copy(order="C"), dtype=tensor.dtype, name=tensor.name)
             if isinstance(value.const_value, ir.Tensor) and isinstance(value.const_value.raw, np.ndarray):
                 value.const_value.raw.flags.writeable = False
 
@@ -243,6 +252,8 @@ def model_digest(model: ir.Model) -> str:
     _digest_graph(sha, model.graph)
     for identifier, function in sorted(model.functions.items()):
         sha.update(repr((identifier, sorted(function.opset_imports.items()))).encode())
+        for name in sorted(function.attributes):
+            _digest_attribute(sha, function.attributes[name])
         _digest_graph(sha, function.graph)
     return sha.hexdigest()
 
@@ -257,7 +268,7 @@ def _digest_graph(sha: Any, graph: Any) -> None:
         sha.update(repr((name, None if tensor is None else tensor_digest(tensor))).encode())
     for node in graph:
         ins = [v.name if v is not None else "" for v in node.inputs]
-        sha.update(repr((node.domain, node.op_type, ins, [v.name for v in node.outputs])).encode())
+        sha.update(repr((node.op_identifier(), ins, [v.name for v in node.outputs])).encode())
         for name in sorted(node.attributes):
             _digest_attribute(sha, node.attributes[name])
 
@@ -265,7 +276,9 @@ def _digest_graph(sha: Any, graph: Any) -> None:
 def _digest_attribute(sha: Any, attribute: Any) -> None:
     kind = attribute.type.name
     sha.update(repr((attribute.name, kind, getattr(attribute, "ref_attr_name", None))).encode())
-    if kind == "TENSOR" and attribute.value is not None:
+    if attribute.value is None:
+        return
+    if kind == "TENSOR":
         sha.update(tensor_digest(attribute.value).encode())
     elif kind == "TENSORS":
         for tensor in attribute.value:
@@ -275,6 +288,9 @@ def _digest_attribute(sha: Any, attribute: Any) -> None:
     elif kind == "GRAPHS":
         for graph in attribute.value:
             _digest_graph(sha, graph)
+    elif kind in ("FLOAT", "FLOATS"):
+        # The file holds 32 bits: 0.1 as Python has it and 0.1 as it comes back are one attribute.
+        sha.update(np.asarray(attribute.value, dtype=np.float32).tobytes())
     else:
         sha.update(repr(attribute.value).encode())
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
-import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,20 +39,17 @@ class Bundle:
     @property
     def report(self) -> dict[str, Any]:
         """`report.json` as plain data."""
-        found: dict[str, Any] = json.loads((self.path / "report.json").read_text())
-        return found
+        return self._read("report.json")
 
     @property
     def lock(self) -> dict[str, Any]:
         """`perwatt.lock.json` as plain data."""
-        found: dict[str, Any] = json.loads((self.path / LOCK).read_text())
-        return found
+        return self._read(LOCK)
 
     @property
     def program(self) -> dict[str, Any]:
         """`program.json`: target, signature, operating point, backend settings."""
-        found: dict[str, Any] = json.loads((self.path / "program.json").read_text())
-        return found
+        return self._read("program.json")
 
     @property
     def signature(self) -> Signature:
@@ -63,13 +61,21 @@ class Bundle:
         """optimized, unchanged or budget_not_met."""
         return str(self.report["outcome"])
 
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"the bundle {self.path} is damaged: {name} can't be read ({error})", fix="make it anew") from None
+        if not isinstance(found, dict):
+            raise InputError(f"the bundle {self.path} is damaged: {name} holds no object", fix="make it anew")
+        return found
+
 
 def open_bundle(path: str | Path) -> Bundle:
     """The bundle at `path`. Raises InputError where there is none."""
-    bundle = Bundle(Path(path))
-    if not (bundle.path / LOCK).is_file() or not (bundle.path / "program.json").is_file():
+    if not is_bundle(Path(path)):
         raise InputError(f"{path} is no perwatt bundle", fix="give a folder that `optimize` wrote")
-    return bundle
+    return Bundle(Path(path))
 
 
 def is_bundle(path: Path) -> bool:
@@ -102,30 +108,76 @@ def check_destination(path: Path, model_name: str, force: bool) -> None:
 def writing(path: Path) -> Iterator[Path]:
     """A folder to fill; on success it becomes `path` in one step, on any failure it is gone. Raises InputError where
     the disk is full or not writable."""
-    path = path.absolute()
-    sweep(path)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    # A link to a folder stays a link: what it points to is what gets replaced.
+    path = Path(os.path.realpath(path))
     try:
-        partial.mkdir()
+        sweep(path)
+        partial, mark = _new_partial(path)
+    except OSError as error:
+        raise _cant_write(path, error) from None
+    try:
         yield partial
         _sync(partial)
         _into_place(partial, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"no room on the disk that holds {path.parent}", fix="free some, or give another folder with --out") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise InputError(f"can't write {path}: {error.strerror}", fix="give another folder with --out") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise _cant_write(path, error) from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        os.close(mark)
+
+
+def _cant_write(path: Path, error: OSError) -> InputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"no room on the disk that holds {path.parent}", fix="free some, or give another folder with --out")
+    return InputError(f"can't write {path}: {error.strerror}", fix="give another folder with --out")
+
+
+def _new_partial(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and the lock on it that says that its owner lives. Process numbers would not do: they
+    come again, in containers at every start."""
+    while True:
+        partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
+        partial.mkdir()
+        mark = _lock(partial)
+        # Between the two calls another run may have swept it.
+        if mark is not None and partial.exists():
+            return partial, mark
+        if mark is not None:
+            os.close(mark)
+
+
+def _lock(folder: Path) -> int | None:
+    """An exclusive lock on `folder`, held until closed; None where another process holds it or it is gone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed runs left beside `path`."""
-    for left in path.absolute().parent.glob(f".{path.name}.partial-*"):
-        owner = re.search(r"-(\d+)$", left.name)
-        if owner and not Path(f"/proc/{owner[1]}").exists():
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove what killed runs left beside `path`; put back a bundle that one of them had moved aside."""
+    path = Path(os.path.realpath(path))
+    aside = _aside(path)
+    if aside.is_dir() and not path.exists():
+        os.rename(aside, path)
+    for left in path.parent.iterdir():
+        if left.name.startswith(f".{path.name}.partial-"):
+            mark = _lock(left)
+            if mark is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(mark)
+
+
+def _aside(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial-old"
 
 
 def _sync(folder: Path) -> None:
@@ -142,8 +194,9 @@ def _into_place(partial: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         os.rename(partial, path)
     elif not _exchange(partial, path):
-        # No exchange on this system: the old folder steps aside first. A kill between the two renames leaves it there.
-        aside = path.parent / f".{path.name}.partial-old-{os.getpid()}"
+        # No exchange on this system: the old folder steps aside first. After a kill between the two renames, the next
+        # run puts it back.
+        aside = _aside(path)
         os.rename(path, aside)
         os.rename(partial, path)
         shutil.rmtree(aside, ignore_errors=True)

@@ -18,6 +18,7 @@ from perwatt.signature import Array, Batch
 @dataclass(frozen=True)
 class Drift:
     """`max_abs`: the largest |Δ| of any output; `relative`: the largest max|Δ| ÷ RMS of an output.
+    Both are infinite where outputs can't be compared: other names, shapes or types, or NaN in other places.
     `reasons`: what breaks the tolerance; empty where it holds or where there is none."""
 
     max_abs: float
@@ -34,8 +35,9 @@ def drift(before: Sequence[Batch], after: Sequence[Batch], tolerance: Tolerance 
         return Drift(float("inf"), float("inf"), ("the outputs have other names",))
     for name in names:
         pairs = [(a[name], b[name]) for a, b in zip(before, after, strict=True)]
-        if any(a.shape != b.shape for a, b in pairs):
-            reasons.append(f"output {name} changed its shape")
+        if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+            reasons.append(f"output {name} changed its shape or type")
+            worst_abs = worst_relative = float("inf")
             continue
         old = np.concatenate([a.ravel() for a, _ in pairs])
         new = np.concatenate([b.ravel() for _, b in pairs])
@@ -56,13 +58,13 @@ def _output_drift(old: Array, new: Array) -> tuple[float, float, str | None]:
     """(max|Δ|, RMS of old, what is wrong beyond size) over flat arrays."""
     if not old.size:
         return 0.0, 0.0, None
-    if not np.issubdtype(old.dtype, np.inexact):
+    if old.dtype.kind in "biuOSU":
         different = int(np.count_nonzero(old != new))
-        return float(different > 0), 1.0, f"{different} of {old.size} whole numbers differ" if different else None
+        return float(different > 0), 1.0, f"{different} of {old.size} entries differ" if different else None
     old, new = old.astype(np.float64), new.astype(np.float64)
     finite = np.isfinite(old)
     same = np.array_equal(finite, np.isfinite(new)) and np.array_equal(old[~finite], new[~finite], equal_nan=True)
-    both = finite & np.isfinite(new)
-    moved = float(np.abs(old[both] - new[both]).max(initial=0.0))
     scale = float(np.sqrt(np.mean(old[finite] ** 2))) if finite.any() else 0.0
-    return moved, scale, None if same else "NaN or infinity in other places"
+    if not same:
+        return float("inf"), scale, "NaN or infinity in other places"
+    return float(np.abs(old[finite] - new[finite]).max(initial=0.0)), scale, None

@@ -56,25 +56,32 @@ class Worker:
             process.stdin.flush()
         except (BrokenPipeError, OSError):
             raise self._died(operation) from None
+        try:
+            answer = self._answer(operation, timeout_s)
+        except BaseException:
+            # Whatever interrupts the wait, Ctrl-C too: an answer that is still to come must not serve another question.
+            self.kill()
+            raise
+        if "error" in answer:
+            raise _error_from(answer["error"])
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def _answer(self, operation: str, timeout_s: float) -> dict[str, Any]:
         until = time.monotonic() + timeout_s
         while True:
             try:
                 line = self._answers.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 words = self._last_words()
-                self.kill()
                 raise BackendError(f"{self.name}: {operation} did not end within {timeout_s:.0f} s and was stopped{words}") from None
             if line is None:
                 raise self._died(operation)
             answer: dict[str, Any] = json.loads(line)
-            if "progress" in answer:
-                if self.on_progress:
-                    self.on_progress(answer["progress"])
-                continue
-            if "error" in answer:
-                raise _error_from(answer["error"])
-            result: dict[str, Any] = answer["result"]
-            return result
+            if "progress" not in answer:
+                return answer
+            if self.on_progress:
+                self.on_progress(answer["progress"])
 
     def close(self) -> None:
         """End the process; it gets a moment to go by itself."""
@@ -105,22 +112,37 @@ class Worker:
         environment = {**os.environ, "PERWATT_WORKER": self.name, "PYTHONUNBUFFERED": "1"}
         if self.memory_limit_bytes:
             environment["PERWATT_MEMORY_LIMIT"] = str(self.memory_limit_bytes)
-        # A session of its own: Ctrl-C reaches the compiler, which then ends its workers in order.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "perwatt.worker", str(os.getpid())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment, start_new_session=True,
-        )
+        # Answers have a pipe of their own: what libraries print from their first import on goes to the log.
+        reading, writing = os.pipe()
+        try:
+            # A session of its own: Ctrl-C reaches the compiler, which then ends its workers in order.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "perwatt.worker", str(os.getpid()), str(writing)],
+                stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, pass_fds=(writing,), text=True,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            os.close(reading)
+            self._close_log()
+            raise
+        finally:
+            os.close(writing)
         self._answers = queue.Queue()
-        threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True).start()
+        threading.Thread(target=_pump, args=(reading, self._answers), daemon=True).start()
         return self._process
 
     def _died(self, operation: str) -> BackendError:
         assert self._process is not None
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            # It closed its end and lives on.
+            self._process.kill()
+            code = self._process.wait()
         words = self._last_words()
         self._process = None
         self._close_log()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         return BackendError(f"{self.name}: the worker {how} during {operation}{words}")
 
     def _last_words(self) -> str:
@@ -137,10 +159,18 @@ class Worker:
             self._log = None
 
 
-def _pump(stream: Any, answers: queue.Queue[str | None]) -> None:
-    for line in stream:
-        answers.put(line)
+def _pump(reading: int, answers: queue.Queue[str | None]) -> None:
+    with os.fdopen(reading) as stream:
+        for line in stream:
+            answers.put(line)
     answers.put(None)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _error_from(facts: dict[str, Any]) -> PerwattError:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from perwatt.artifact import Artifact
@@ -29,14 +30,14 @@ class Effort:
     """How long to measure. Rounds go on until the CPU-seconds ratio's half-width is below `tight`, at least
     `min_rounds`, at most until `max_s`."""
 
-    window_s: float = 0.25
+    window_s: float = 0.15
     warm_up_s: float = 0.3
-    min_rounds: int = 8
+    min_rounds: int = 12
     max_s: float = 15.0
     tight: float = 0.01
 
 
-SCREENING = Effort(window_s=0.12, warm_up_s=0.15, min_rounds=5, max_s=3.0, tight=0.02)
+SCREENING = Effort(window_s=0.1, warm_up_s=0.15, min_rounds=6, max_s=3.0, tight=0.02)
 
 
 class Side:
@@ -128,22 +129,21 @@ def interleave(
 
 
 def figures(windows: Sequence[Window]) -> dict[str, float | None]:
-    """The figures of one side over all its windows; None where there is no energy."""
-    done = sum(w.inferences for w in windows)
-    wall = sum(w.wall_s for w in windows)
-    cpu = sum(w.cpu_s for w in windows)
+    """The figures of one side: medians over its windows, percentiles over all calls; None where there is no energy."""
     latencies = [latency for w in windows for latency in w.latencies_ms]
-    energies = [w.energy_j for w in windows]
-    energy = sum(e for e in energies if e is not None) if all(e is not None for e in energies) and energies else None
+    cpu = median(w.cpu_s / w.inferences for w in windows)
+    throughput = median(w.inferences / w.wall_s for w in windows)
+    known = [w.energy_j / w.inferences for w in windows if w.energy_j is not None]
+    energy = median(known) if len(known) == len(windows) else None
     return {
-        "cpu_s_per_inference": cpu / done,
-        "throughput_per_s": done / wall,
+        "cpu_s_per_inference": cpu,
+        "throughput_per_s": throughput,
         "latency_p50_ms": percentile(latencies, 0.5),
         "latency_p99_ms": percentile(latencies, 0.99),
-        "power_w": energy / wall if energy else None,
-        "energy_j_per_inference": energy / done if energy else None,
+        "power_w": median(w.energy_j / w.wall_s for w in windows if w.energy_j is not None) if energy else None,
+        "energy_j_per_inference": energy,
         # Inferences a second for each watt is inferences per joule.
-        "throughput_per_watt": done / energy if energy else None,
+        "throughput_per_watt": 1 / energy if energy else None,
     }
 
 

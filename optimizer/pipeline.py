@@ -17,7 +17,7 @@ from perwatt.artifact import Artifact, model_digest
 from perwatt.contract import Context, Pass
 from perwatt.drift import Drift, drift
 from perwatt.errors import PerwattError
-from perwatt.signature import Batch
+from perwatt.signature import Batch, TensorSpec
 
 Status = Literal["applied", "unchanged", "refused", "rolled-back", "not-chosen"]
 
@@ -76,36 +76,41 @@ class Pipeline:
 
     def step(self, artifact: Artifact, made_by: Pass) -> tuple[Artifact, Row]:
         """One pass: run it, check it, keep it or roll it back."""
-        self.context.progress(f"{made_by.name()}")
+        self.context.progress(made_by.name())
         start = time.perf_counter()
         row = Row(made_by.name(), made_by.settings(), "refused")
-        reasons = list(made_by.requires(artifact, self.context))
-        if reasons:
-            row.reason = "; ".join(reasons)
-            return artifact, row
         try:
             after = self._verified(artifact, made_by, row)
         except PerwattError as error:
             row.status, row.reason, after = "rolled-back", str(error), artifact
         except Exception as error:
             # A pass is somebody's code: whatever it raises costs this pass, not the run.
-            row.status, row.reason, after = "rolled-back", f"{type(error).__name__}: {error}", artifact
+            words = " ".join(str(error).split())[:300]
+            row.status, row.reason, after = "rolled-back", f"{type(error).__name__}: {words}", artifact
         row.seconds = round(time.perf_counter() - start, 3)
         return after, row
 
     def _verified(self, before: Artifact, made_by: Pass, row: Row) -> Artifact:
-        digest = model_digest(before.model)
+        # The pass gets a twin: what it breaks in there, by mistake or on its way to an error, is not what goes on.
+        given = Artifact(
+            model=before.edit(), path=before.path, signature=before.signature, steps=before.steps, digest=before.digest()
+        )
+        digest = model_digest(given.model)
+        reasons = list(made_by.requires(given, self.context))
+        if reasons:
+            row.reason = "; ".join(reasons)
+            return before
         if made_by.isolated:
             after, row.changes = self.proof.run_isolated(made_by, before)
         else:
-            after, row.changes = made_by.run(before, self.context)
-        if model_digest(before.model) != digest:
+            after, row.changes = made_by.run(given, self.context)
+        if model_digest(given.model) != digest:
             raise PerwattError(f"{made_by.name()} changed the model it was given: it must work on artifact.edit()")
         if after.digest() == before.digest():
             row.status = "unchanged"
             row.reason = "; ".join(row.changes) or "nothing to do on this model"
             return before
-        problems = [*self._interface(before, after), *made_by.ensures(before, after), *self.proof.check(after)]
+        problems = [*self._interface(before, after), *made_by.ensures(given, after), *self.proof.check(after)]
         if not problems:
             problems = self._drifted(before, after, made_by, row)
         if problems:
@@ -118,10 +123,11 @@ class Pipeline:
 
     def _interface(self, before: Artifact, after: Artifact) -> list[str]:
         old, new = before.signature, after.signature
-        if [(s.name, s.dtype) for s in old.inputs] != [(s.name, s.dtype) for s in new.inputs]:
-            return ["the model's inputs changed"]
-        if [s.name for s in old.outputs] != [s.name for s in new.outputs]:
-            return ["the model's outputs changed"]
+        if [_fed(spec) for spec in old.inputs] != [_fed(spec) for spec in new.inputs]:
+            return [f"the model's inputs changed: {_listed(old.inputs)} became {_listed(new.inputs)}"]
+        same_names = [s.name for s in old.outputs] == [s.name for s in new.outputs]
+        if not same_names or any(not _same_type(a, b) for a, b in zip(old.outputs, new.outputs, strict=True)):
+            return [f"the model's outputs changed: {_listed(old.outputs)} became {_listed(new.outputs)}"]
         return []
 
     def _drifted(self, before: Artifact, after: Artifact, made_by: Pass, row: Row) -> list[str]:
@@ -144,6 +150,20 @@ class Pipeline:
             except PerwattError as error:
                 self._outputs[digest] = str(error)
         return self._outputs[digest]
+
+
+def _fed(spec: TensorSpec) -> tuple[Any, ...]:
+    """What a caller must know of an input: a dynamic axis stays dynamic, whatever its symbol is called."""
+    shape = None if spec.shape is None else tuple(d if isinstance(d, int) else None for d in spec.shape)
+    return spec.name, spec.dtype, shape
+
+
+def _same_type(a: TensorSpec, b: TensorSpec) -> bool:
+    return a.dtype == b.dtype or "unknown" in (a.dtype, b.dtype)
+
+
+def _listed(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(str(spec) for spec in specs)
 
 
 def finite_drift(measured: Drift) -> dict[str, float | None]:

@@ -24,7 +24,7 @@ NAME_WIDTH = 36
 REDRAWS_PER_S = 2
 SMOOTHING_S = 4.0
 FIRST_GUESS_S = 2.0
-FIRST_GUESS_SHARE = 0.03
+FIRST_GUESS_SHARE = 0.1
 # A stage that doesn't say where it ends moves the bar by at most this share.
 OPEN_STAGE = 0.1
 
@@ -91,7 +91,9 @@ class Progress:
             self._bar = None
 
     def stage(self, name: str, weight_done: float, until: float | None = None) -> None:
-        """A new stage begins, with the share `weight_done` (0..1) of the whole run behind it; it ends at `until`."""
+        """A new stage begins, with the share `weight_done` (0..1) of the whole run behind it; it ends at `until`.
+
+        Who reports shares of the whole run instead of the stage's calls `stage_at`."""
         self._name = plain(name)
         begin = min(1.0, max(0.0, weight_done))
         self._span = (begin, min(1.0, begin + OPEN_STAGE) if until is None else until)
@@ -163,5 +165,9 @@ def _bar(console: Console, times: TimeLeft) -> Any:
 
 def time_words(elapsed: float, left: float | None) -> str:
     """"12 s, about 30 s left", or only the elapsed time while it is too early to tell."""
-    spent = duration(math.floor(elapsed)) if elapsed >= 1 else "0 s"
-    return spent if left is None else f"{spent}, about {duration(math.ceil(left)) if left > 0 else '0 s'} left"
+    spent = _whole(math.floor(elapsed))
+    return spent if left is None else f"{spent}, about {_whole(math.ceil(left))} left"
+
+
+def _whole(seconds: int) -> str:
+    return f"{seconds} s" if seconds < 100 else duration(seconds)

@@ -6,6 +6,8 @@ trusted (see `reading_safety` and `reading_program`). An `.onnx` file is read wi
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from perwatt.artifact import Artifact, Step, freeze
 from perwatt.errors import InputError, UntrustedCodeError
 from perwatt.reading_onnx import KNOWN, Convert, read_onnx
 from perwatt.reading_preprocess import add_preprocessing
-from perwatt.reading_safety import SAFE_WAYS, Archive, first_pickled_number, pickled_globals
+from perwatt.reading_safety import PLAIN_WAYS, Archive, first_pickled_number, pickled_globals
 from perwatt.reading_shapes import parse_input
 from perwatt.recipe import RawInput
 from perwatt.signature import TensorSpec
@@ -80,7 +82,8 @@ def read(
         changes = list(found["notes"])
     changes += add_preprocessing(model, raw_inputs)
     freeze(model)
-    settings = {"path": path.name, "format": kind, **({"arch": arch} if arch else {}), **({"inputs": list(inputs)} if inputs else {})}
+    settings: dict[str, Any] = {"path": path.name, "format": kind, "arch": arch, "inputs": list(inputs)}
+    settings = {key: value for key, value in settings.items() if value}
     artifact = Artifact(model=model, steps=(Step("read", settings, tuple(changes)),))
     return Reading(artifact, kind, **found)
 
@@ -111,10 +114,9 @@ def detect(path: Path) -> str:
     `saved` stands for a file of `torch.save`, which is a checkpoint or a pickled module."""
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        import difflib
-
         close = difflib.get_close_matches(path.name, near, n=1)
-        raise InputError(f"there is no file or folder {path}", fix=f"did you mean {path.parent / close[0]}?" if close else None)
+        fix = f"did you mean {path.parent / close[0]}?" if close else None
+        raise InputError(f"there is no file or folder {path}", fix=fix)
     if path.is_dir():
         return _detect_folder(path)
     try:
@@ -157,12 +159,13 @@ def _detect_archive(path: Path) -> str:
     names = archive.names
     if "constants.pkl" in archive and any(n.startswith("code/") for n in names):
         return "torchscript"
-    if "serialized_exported_program.json" in archive or any(n.startswith("models/") and n.endswith(".json") for n in names):
+    if any(n == "serialized_exported_program.json" or (n.startswith("models/") and n.endswith(".json")) for n in names):
         return "torch-export"
     if "data.pkl" in archive:
         return "saved"
     if any(n.startswith("data/aotinductor/") for n in names):
-        raise UntrustedCodeError(f"{path} is a compiled AOTInductor package: native code", fix="save the program with torch.export.save")
+        fix = "save the program itself with torch.export.save"
+        raise UntrustedCodeError(f"{path} is a compiled AOTInductor package, which is native code", fix=fix)
     if any(n.endswith(".npy") for n in names):
         raise InputError(f"{path} is an .npz archive of arrays, no model", fix="give it with --data")
     shown = ", ".join(names[:3]) or "nothing"
@@ -177,7 +180,9 @@ def _detect_pickle(path: Path, head: bytes) -> str:
     except ValueError:
         return "onnx"
     what = f" that imports {', '.join(names[:3])}" if names else ""
-    raise UntrustedCodeError(f"{path} is a Python pickle{what}, not a file of torch.save; it is never loaded", fix=SAFE_WAYS)
+    raise UntrustedCodeError(
+        f"{path} is a Python pickle{what}, no file of torch.save, and never loaded", fix=PLAIN_WAYS
+    )
 
 
 def _pickle_in(path: Path) -> bytes:
@@ -212,7 +217,6 @@ def _is_text(head: bytes) -> bool:
 
 
 def _need_torch(path: Path, kind: str) -> None:
-    import importlib.util
-
     if importlib.util.find_spec("torch") is None:
-        raise InputError(f"{path} ({kind}) needs PyTorch to be read", fix='pip install "perwatt[torch]", or give an ONNX file')
+        fix = 'pip install "perwatt[torch]", or give an ONNX file'
+        raise InputError(f"{path} ({kind}) needs PyTorch to be read", fix=fix)

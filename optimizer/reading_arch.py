@@ -14,6 +14,7 @@ from typing import Any
 from perwatt.errors import InputError, nearest
 
 _NESTS = ("state_dict", "model_state_dict", "model", "net", "network", "ema", "ema_state_dict", "params", "weights")
+_RIGHT_ARCH = "is it the right --arch, with the right --arch-args?"
 _PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.")
 
 
@@ -26,7 +27,8 @@ def build(arch: str, arguments: Mapping[str, Any]) -> Any:
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
-        raise InputError(f"--arch {arch}({shown}): {error}", fix="give its arguments, as in --arch-args num_classes=10") from None
+        fix = "give its arguments, as in --arch-args num_classes=10"
+        raise InputError(f"--arch {arch}({shown}): {error}", fix=fix) from None
     except ValueError:
         pass
     try:
@@ -48,7 +50,8 @@ def load_callable(text: str, flag: str) -> Any:
     for part in name.split("."):
         if not hasattr(target, part):
             known = [n for n, v in vars(target).items() if callable(v) and not n.startswith("_")]
-            raise InputError(f"{flag} {text}: {nearest(part, known, 'callable')}" if known else f"{flag} {text}: {place} has no callable")
+            reason = nearest(part, known, "callable") if known else f"{place} has no callable"
+            raise InputError(f"{flag} {text}: {reason}")
         target = getattr(target, part)
     if not callable(target):
         raise InputError(f"{flag} {text} is a {type(target).__name__}, which can't be called")
@@ -125,7 +128,7 @@ def _is_state(content: Mapping[Any, Any]) -> bool:
 
 
 def fill(module: Any, state: Mapping[str, Any], arch: str, arguments: Mapping[str, Any], path: Path) -> None:
-    """Load `state` into `module`, strictly, with whichever usual prefixes removed fit best. InputError on a mismatch."""
+    """Load `state` into `module`, strictly, with the usual prefixes removed that fit best. InputError on a mismatch."""
     import torch
 
     own = module.state_dict()
@@ -134,12 +137,13 @@ def fill(module: Any, state: Mapping[str, Any], arch: str, arguments: Mapping[st
     best = max(_stripped(state), key=lambda s: len(set(s) & set(own)))
     wrong = [k for k in own if k in best and own[k].shape != best[k].shape]
     if wrong:
-        raise InputError(_shape_message(path, arch, wrong, own, best), fix=_likely_argument(arch, arguments, wrong, own, best))
+        fix = _likely_argument(arch, arguments, wrong, own, best)
+        raise InputError(_shape_message(path, arch, wrong, own, best), fix=fix)
     # A counter of training steps may be missing in old checkpoints; it has no part in inference.
     missing = [k for k in own if k not in best and not k.endswith("num_batches_tracked")]
     extra = [k for k in best if k not in own and not k.endswith("num_batches_tracked")]
     if missing or extra:
-        raise InputError(_key_message(path, arch, missing, extra, len(own)), fix="is it the right --arch, with the right --arch-args?")
+        raise InputError(_key_message(path, arch, missing, extra, len(own)), fix=_RIGHT_ARCH)
     module.load_state_dict(best, strict=False)
 
 
@@ -148,7 +152,7 @@ def _stripped(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     current = dict(state)
     yield current
     for _ in range(6):
-        prefix = next((p for p in _PREFIXES if current and sum(k.startswith(p) for k in current) * 2 > len(current)), None)
+        prefix = next((p for p in _PREFIXES if sum(k.startswith(p) for k in current) * 2 > len(current)), None)
         if prefix is None:
             return
         current = {k.removeprefix(prefix): v for k, v in current.items() if k.startswith(prefix)}
@@ -158,7 +162,8 @@ def _stripped(state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _shape_message(path: Path, arch: str, wrong: list[str], own: Mapping[str, Any], state: Mapping[str, Any]) -> str:
     key = wrong[0]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    return f"{path} does not fit {arch}: {key} is {list(state[key].shape)} in the file and {list(own[key].shape)} in the network{more}"
+    there, here = list(state[key].shape), list(own[key].shape)
+    return f"{path} does not fit {arch}: {key} is {there} in the file and {here} in the network{more}"
 
 
 def _likely_argument(
@@ -168,7 +173,7 @@ def _likely_argument(
     here, there = tuple(own[key].shape), tuple(state[key].shape)
     differing = [axis for axis, (a, b) in enumerate(zip(here, there, strict=False)) if a != b]
     if not differing or len(here) != len(there):
-        return "is it the right --arch, with the right --arch-args?"
+        return _RIGHT_ARCH
     size, was = there[differing[0]], here[differing[0]]
     try:
         parameters = inspect.signature(load_callable(arch, "--arch")).parameters.values()
@@ -178,7 +183,7 @@ def _likely_argument(
     classes = [p.name for p in parameters if re.search(r"class|label|out", p.name)]
     last = [k for k in own if k.endswith(("weight", "bias"))][-2:]
     name = same[0] if same else classes[0] if classes and key in last else "num_classes" if key in last else None
-    return f"perhaps --arch-args {name}={size}" if name else "is it the right --arch, with the right --arch-args?"
+    return f"perhaps --arch-args {name}={size}" if name else _RIGHT_ARCH
 
 
 def _key_message(path: Path, arch: str, missing: list[str], extra: list[str], count: int) -> str:

@@ -7,7 +7,6 @@ repeated with a fixed batch and a note says so.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import re
 import warnings
@@ -37,15 +36,11 @@ class Exported:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what torch and its exporter print, warn and log: none of it is the user's to act on."""
+    """Silence what torch and its exporter warn and log: none of it is the user's to act on."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -190,7 +185,9 @@ def _follows_batch(program: Any, specs: Sequence[TensorSpec], values: Sequence[A
         three.append(torch.cat([value, value, value])[:3] if batched else value)
     with torch.no_grad():
         module = program.module()
-        outputs = module(**dict(zip([s.name for s in specs], three, strict=True))) if _by_name(program) else module(*three)
+        outputs = (
+            module(**dict(zip([s.name for s in specs], three, strict=True))) if _by_name(program) else module(*three)
+        )
     tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
     return all(t.dim() == 0 or t.shape[0] == 3 for t in tensors)
 
@@ -204,6 +201,7 @@ def to_ir(program: Any, names: Sequence[str], specs: Sequence[TensorSpec] | None
     """The IR of an exported program: input and output names readable, symbols named, torch's traces removed."""
     import torch
 
+    model: ir.Model
     with quiet(), torch.no_grad():
         try:
             model = torch.onnx.export(
@@ -212,7 +210,7 @@ def to_ir(program: Any, names: Sequence[str], specs: Sequence[TensorSpec] | None
         except Exception as error:
             raise InputError(f"the model has no ONNX form: {_onnx_reason(error)}") from error
     if len(model.graph.inputs) != len(names):
-        names = [value.name for value in model.graph.inputs]
+        names = [str(value.name) for value in model.graph.inputs]
         specs = None
     _share_weights(model)
     _forget_torch(model)
@@ -319,8 +317,9 @@ def _name_symbols(model: ir.Model, specs: Sequence[TensorSpec] | None) -> None:
             symbol = getattr(dim, "value", None)
             if isinstance(dim, int) or symbol is None or symbol in names:
                 continue
-            if asked and isinstance(asked[axis], str):
-                names[symbol] = asked[axis]
+            named = asked[axis] if asked else None
+            if isinstance(named, str):
+                names[symbol] = named
                 continue
             wish = _suggested(value, axis)
             names[symbol] = wish if wish not in names.values() else f"{value.name}_{axis}"

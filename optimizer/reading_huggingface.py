@@ -1,4 +1,4 @@
-"""Local Hugging Face and sentence-transformers folders. Never the network, never code that lies in the folder unasked."""
+"""Local Hugging Face and sentence-transformers folders: never the network, never code in the folder unasked."""
 
 from __future__ import annotations
 
@@ -98,6 +98,8 @@ def _load(folder: Path, trust: bool) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise InputError(f"{folder} needs transformers to be read", fix='pip install "perwatt[huggingface]"') from None
+    # Its bars are drawn on the terminal whatever the level of logging.
+    transformers.utils.logging.disable_progress_bar()
     plain = _config(folder)
     if not any((folder / name).is_file() for name in _WEIGHTS):
         pickled = sorted(p.name for p in (*folder.glob("*.h5"), *folder.glob("*.msgpack"), *folder.glob("*.bin")))
@@ -138,7 +140,9 @@ def _class(folder: Path, plain: Mapping[str, Any], transformers: Any, trust: boo
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     if trust:
-        return transformers.AutoModel
+        # The folder's own class; auto_map says which of the Auto classes leads to it.
+        owners = [key for key, place in (plain.get("auto_map") or {}).items() if str(place).endswith(f".{names[0]}")]
+        return getattr(transformers, next((key for key in owners if key.startswith("AutoModel")), "AutoModel"))
     known = [name for name in dir(transformers) if name.startswith(str(names[0])[:4]) and "For" in name]
     reason = nearest(str(names[0]), known, "architecture") if known else f"unknown architecture {names[0]!r}"
     raise InputError(f"{folder}: {reason} (transformers {transformers.__version__})")
@@ -217,7 +221,7 @@ def _wrap(network: Any, names: Sequence[str]) -> Any:
     if hasattr(network.config, "use_cache"):
         network.config.use_cache = False
 
-    class Network(torch.nn.Module):
+    class Network(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.network = network

@@ -30,7 +30,8 @@ def read_onnx(path: Path, convert: Convert | None) -> tuple[Any, list[str]]:
     except PerwattError:
         raise
     except Exception as error:
-        raise InputError(f"{path} is not a model in any known format (read as ONNX: {_innermost(error)})", fix=KNOWN) from None
+        reason = f"{path} is not a model in any known format (read as ONNX: {_innermost(error)})"
+        raise InputError(reason, fix=KNOWN) from None
     if not count and not graph.outputs:
         raise InputError(f"{path} holds no network (read as ONNX: no nodes and no outputs)", fix=KNOWN)
     _check_external_data(model, path)
@@ -49,9 +50,7 @@ def read_onnx(path: Path, convert: Convert | None) -> tuple[Any, list[str]]:
     return model, changes
 
 
-KNOWN = (
-    "known are TorchScript, torch.export, a state dict or .safetensors with --arch, a Hugging Face folder, and ONNX"
-)
+KNOWN = "known are TorchScript, torch.export, a state dict or .safetensors with --arch, a Hugging Face folder, and ONNX"
 
 
 def _innermost(error: BaseException) -> str:
@@ -107,9 +106,11 @@ def _check_external_data(model: Any, path: Path) -> None:
             raise InputError(f"{path}: weight {tensor.name} points outside the model's folder ({tensor.location})")
         file = path.parent / location
         if not file.is_file():
-            raise InputError(f"{path}: its weights are in {tensor.location}, which is missing", fix="copy that file beside it")
+            fix = "copy that file beside it"
+            raise InputError(f"{path}: its weights are in {tensor.location}, which is missing", fix=fix)
         if not any(file.resolve().is_relative_to(home) for home in homes):
-            raise InputError(f"{path}: weight {tensor.name} points outside the model's folder (a link at {tensor.location})")
+            link = f"a link at {tensor.location}"
+            raise InputError(f"{path}: weight {tensor.name} points outside the model's folder ({link})")
         end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
         if end > file.stat().st_size:
             raise InputError(f"{path}: {tensor.location} is truncated (weight {tensor.name} ends at byte {end})")
@@ -202,11 +203,14 @@ def _same_interface(before: Any, after: Any) -> None:
         names = [v.name for v in getattr(before.graph, what)]
         if names != [v.name for v in getattr(after.graph, what)]:
             raise PerwattError(f"the converter changed the {what}")
-    customs = [Counter((n.domain, n.op_type) for n in m.graph.all_nodes() if n.domain not in ("", "ai.onnx")) for m in (before, after)]
-    if customs[0] != customs[1]:
+    if _customs(before) != _customs(after):
         raise PerwattError("the converter changed operators of other domains")
     if len(list(before.graph.subgraphs())) != len(list(after.graph.subgraphs())):
         raise PerwattError("the converter changed subgraphs")
+
+
+def _customs(model: Any) -> Counter[tuple[str, str]]:
+    return Counter((n.domain, n.op_type) for n in model.graph.all_nodes() if n.domain not in ("", "ai.onnx"))
 
 
 def convert_in_process(source: Path, opset: int, result: Path) -> Path:

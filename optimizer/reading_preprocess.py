@@ -1,4 +1,4 @@
-"""Preprocessing compiled into the head of the graph, so that the deployed model takes raw bytes: (x·scale − mean) ÷ std."""
+"""Preprocessing compiled into the head of the graph, (x·scale − mean) ÷ std: the deployed model takes raw bytes."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ _SYMPY_KEYWORDS = frozenset({
 })  # fmt: skip
 _GUARD_METHODS = frozenset({"size", "stride", "dim", "storage_offset", "numel"})
 _EXPRESSION_NODES = (
-    ast.Expression, ast.keyword, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Constant, ast.Name, ast.Call, ast.Load,
+    ast.Expression, ast.keyword,
+    ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Constant, ast.Name, ast.Call, ast.Load,
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.UAdd, ast.Not, ast.Invert,
     ast.And, ast.Or, ast.BitAnd, ast.BitOr, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
 )  # fmt: skip
@@ -246,7 +247,9 @@ def _checked(archive: Archive) -> io.BytesIO:
             replaced[name] = _checked_program(archive, name)
         elif name.endswith("_config.json"):
             _check_payloads(archive, name)
-        elif name.startswith("data/sample_inputs/") or re.fullmatch(r"(data/(weights|constants)/)?[^/]+\.(pt|json)", name):
+        elif name.startswith("data/sample_inputs/") or re.fullmatch(
+            r"(data/(weights|constants)/)?[^/]+\.(pt|json)", name
+        ):
             data = archive.read(name)
             if data and not loads_as_plain_tensors(data):
                 _refuse(archive, f"{name} is a pickle that holds more than tensors")

@@ -18,10 +18,10 @@ from typing import Any
 
 from perwatt.errors import InputError, UntrustedCodeError
 
-SAFE_WAYS = (
-    "save it as TorchScript (torch.jit.save), with torch.export.save, as a state dict read with --arch, or as ONNX; "
-    "or give --trust if you know where it comes from"
-)
+PLAIN_WAYS = "save it as TorchScript (torch.jit.save), with torch.export.save, as a state dict with --arch, or as ONNX"
+"""Formats that are loaded without running code of the file's own."""
+
+SAFE_WAYS = f"{PLAIN_WAYS}; or give --trust if you know where it comes from"
 
 _FILE_OPERATORS = frozenset({"from_file", "save", "load_tensor", "load_library", "import_module"})
 _OPERATOR_NAMESPACES = frozenset({
@@ -40,7 +40,9 @@ class Archive:
             self._zip = zipfile.ZipFile(path)
             names = [name for name in self._zip.namelist() if not name.endswith("/")]
         except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-            raise InputError(f"{path} is a damaged or truncated archive ({error})", fix="save or copy it again") from None
+            raise InputError(
+                f"{path} is a damaged or truncated archive ({error})", fix="save or copy it again"
+            ) from None
         folded = [name.lower() for name in names]
         if len(set(folded)) != len(folded):
             raise UntrustedCodeError(f"{path} holds several members of the same name, so its content is ambiguous")
@@ -150,7 +152,8 @@ def _torchscript_reasons(source: bytes) -> Iterator[str]:
                 yield f"mentions {word}"
         return
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    self_is_stored = any(isinstance(n, ast.Name) and n.id == "self" and isinstance(n.ctx, ast.Store) for n in ast.walk(tree))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    self_is_stored = any(name.id == "self" and isinstance(name.ctx, ast.Store) for name in names)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
             words = {a.value for a in node.args if isinstance(a, ast.Constant)}

@@ -13,6 +13,7 @@ from typing import Any
 from perwatt.errors import InputError, UntrustedCodeError
 
 _KNOWN = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
+_POOLING = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens")
 _MOST_CLASSES = 64
 """A last dense layer without activation and at most this many outputs is taken for a classifier's head."""
 
@@ -31,7 +32,8 @@ def read_modules(folder: Path) -> list[dict[str, Any]]:
                 fix="export the model to ONNX, or give the encoder alone as a Hugging Face folder",
             )
         if module["kind"] not in _KNOWN:
-            raise InputError(f"{folder}: sentence-transformers module {module['kind']} is not known; known are {', '.join(_KNOWN)}")
+            known = ", ".join(_KNOWN)
+            raise InputError(f"{folder}: sentence-transformers module {module['kind']} is not known; known are {known}")
         _inside(folder, str(module.get("path") or ""))
     if not modules or modules[0]["kind"] != "Transformer":
         raise InputError(f"{folder}: modules.json does not begin with a Transformer")
@@ -51,7 +53,7 @@ def SentenceEncoder(network: Any, names: Sequence[str], folder: Path, modules: S
     parts = [(str(module["kind"]), _part(folder, module)) for module in modules if module["kind"] != "Dropout"]
     output = "logits" if parts and _is_head(*parts[-1]) else "sentence_embedding"
 
-    class Encoder(torch.nn.Module):
+    class Encoder(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.network = network
@@ -81,7 +83,7 @@ def _part(folder: Path, module: Mapping[str, Any]) -> Any:
 
     kind, home = str(module["kind"]), _inside(folder, str(module.get("path") or ""))
 
-    class Normalize(torch.nn.Module):
+    class Normalize(torch.nn.Module):  # type: ignore[misc]
         def forward(self, value: Any) -> Any:
             return functional.normalize(value, p=2.0, dim=-1)
 
@@ -92,7 +94,8 @@ def _part(folder: Path, module: Mapping[str, Any]) -> Any:
         return _pooling(home, settings)
     if kind == "LayerNorm":
         return _filled(torch.nn.LayerNorm(int(settings["dimension"])), home, "norm.")
-    linear = torch.nn.Linear(int(settings["in_features"]), int(settings["out_features"]), bool(settings.get("bias", True)))
+    sizes = int(settings["in_features"]), int(settings["out_features"])
+    linear = torch.nn.Linear(*sizes, bias=bool(settings.get("bias", True)))
     return torch.nn.Sequential(_filled(linear, home, "linear."), _activation(home, settings))
 
 
@@ -111,7 +114,8 @@ def _activation(home: Path, settings: Mapping[str, Any]) -> Any:
     known = {"Identity", "Tanh", "ReLU", "GELU", "Sigmoid", "SiLU", "LeakyReLU"}
     short = name.rsplit(".", 1)[-1]
     if not name.startswith("torch.nn.modules.") or short not in known:
-        raise UntrustedCodeError(f"{home} asks for the activation {name}; known are {', '.join(sorted(known))} of torch.nn")
+        known_names = ", ".join(sorted(known))
+        raise UntrustedCodeError(f"{home} asks for the activation {name}; known are {known_names} of torch.nn")
     return getattr(torch.nn, short)()
 
 
@@ -134,16 +138,21 @@ def _filled(layer: Any, home: Path, prefix: str) -> Any:
 def _pooling(home: Path, settings: Mapping[str, Any]) -> Any:
     import torch
 
-    modes = [mode for mode in ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens") if settings.get(f"pooling_mode_{mode}")]
+    modes = [mode for mode in _POOLING if settings.get(f"pooling_mode_{mode}")]
     named = settings.get("pooling_mode")
     if named:
-        short = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens", "mean_sqrt_len_tokens": "mean_sqrt_len_tokens"}
+        # Newer versions write one name, or several, in place of a flag for each.
+        short = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}
         modes = [short.get(str(name), str(name)) for name in ([named] if isinstance(named, str) else named)]
-    others = [k for k, v in settings.items() if k.startswith("pooling_mode_") and v is True and k.removeprefix("pooling_mode_") not in modes]
-    if others or not modes or not set(modes) <= {"cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens"}:
-        raise InputError(f"{home}: pooling {', '.join([*modes, *others]) or 'of no kind'} is not known; known are cls, max and mean")
+    flags = [key.removeprefix("pooling_mode_") for key, value in settings.items() if value is True]
+    unknown = [mode for mode in (*modes, *flags) if mode not in _POOLING and (mode in modes or "token" in mode)]
+    unknown = [mode for mode in unknown if mode != "include_prompt"]
+    if unknown or not modes:
+        raise InputError(
+            f"{home}: pooling {', '.join(unknown) or 'of no kind'} is not known; known are cls, max and mean"
+        )
 
-    class Pooling(torch.nn.Module):
+    class Pooling(torch.nn.Module):  # type: ignore[misc]
         def forward(self, value: Any, attention: Any) -> Any:
             mask = attention.unsqueeze(-1).to(value.dtype)
             total = (value * mask).sum(1)

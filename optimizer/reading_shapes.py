@@ -104,7 +104,8 @@ def _complete(path: Path, names: Sequence[str], guess: str | None, given: Sequen
 
 def forward_names(module: Any) -> tuple[list[str], list[str]]:
     """Required and optional tensor parameters of a module's forward method, by name."""
-    required, optional = [], []
+    required: list[str] = []
+    optional: list[str] = []
     for parameter in inspect.signature(module.forward).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
@@ -114,7 +115,8 @@ def forward_names(module: Any) -> tuple[list[str], list[str]]:
 
 def script_names(module: Any) -> tuple[list[str], list[str]]:
     """The same of a ScriptModule, which knows its parameters from its schema."""
-    required, optional = [], []
+    required: list[str] = []
+    optional: list[str] = []
     for argument in module.forward.schema.arguments[1:]:
         (optional if argument.has_default_value() else required).append(argument.name)
     return required, optional
@@ -145,13 +147,17 @@ def examples(specs: Sequence[TensorSpec], known: Mapping[str, int] | None = None
         if spec.shape is None:
             raise InputError(f"the rank of input {spec.name} is not known", fix=f"give --input; {_FORM}")
         other = 64 if len(spec.shape) >= 4 else 8
-        sizes = [d if isinstance(d, int) else max(2, (known or {}).get(d, 2 if d == BATCH else other)) for d in spec.shape]
+        sizes = [
+            d if isinstance(d, int) else max(2, (known or {}).get(d, 2 if d == BATCH else other)) for d in spec.shape
+        ]
         dtype = getattr(torch, spec.dtype, None)
         if dtype is None:
             raise InputError(f"input {spec} has a type that torch does not know")
         floating = dtype.is_floating_point
         # Ones are valid indices and valid masks; zeros would mask everything out.
-        tensors.append(torch.randn(sizes, generator=generator).to(dtype) if floating else torch.ones(sizes, dtype=dtype))
+        tensors.append(
+            torch.randn(sizes, generator=generator).to(dtype) if floating else torch.ones(sizes, dtype=dtype)
+        )
     return tensors
 
 

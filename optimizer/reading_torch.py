@@ -145,9 +145,11 @@ def read_saved(path: Path, data: Any, wishes: Wishes) -> tuple[str, Exported]:
         return "checkpoint", _from_state(path, content, wishes)
     foreign = _foreign(data)
     if not foreign:
-        raise InputError(f"{path} is a damaged or truncated torch file ({first_line(failure)})", fix="save or copy it again")
+        reason = f"{path} is a damaged or truncated torch file ({first_line(failure)})"
+        raise InputError(reason, fix="save or copy it again")
     if not wishes.trust:
-        raise UntrustedCodeError(f"{path} is a pickle that holds {', '.join(foreign[:3])}: loading it runs its code", fix=SAFE_WAYS)
+        held = ", ".join(foreign[:3])
+        raise UntrustedCodeError(f"{path} is a pickle that holds {held}: loading it runs its code", fix=SAFE_WAYS)
     content = load_trusted(path)
     module = content if isinstance(content, torch.nn.Module) else _module_inside(content)
     if module is None:
@@ -167,7 +169,8 @@ def load_trusted(path: Path) -> Any:
             return torch.load(str(path), map_location="cpu", weights_only=False)
     except (ModuleNotFoundError, AttributeError) as error:
         raise InputError(
-            f"{path} needs code that is not here: {first_line(error)}", fix="run this in the folder of the model's source"
+            f"{path} needs code that is not here: {first_line(error)}",
+            fix="run this in the folder of the model's source",
         ) from None
     except Exception as error:
         raise InputError(f"{path} can't be loaded: {first_line(error)}") from None

@@ -14,13 +14,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from perwatt.errors import InputError, nearest
 
+_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _TIME = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 def parse_seconds(value: Any) -> Any:
     """`10m`, `90s`, `1h` or a number of seconds."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*(ms|s|min|m|h)?\s*", value)
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*(ms|s|min|m|h)?\s*", value)
         if not match:
             raise ValueError(f"{value!r} is no time: write 90s, 10m or 1h")
         return float(match[1]) * _TIME[match[2] or "s"]
@@ -30,14 +31,14 @@ def parse_seconds(value: Any) -> Any:
 def parse_milliseconds(value: Any) -> Any:
     """`20ms`, `0.1s` or a number of milliseconds."""
     if isinstance(value, str):
-        return parse_seconds(value if re.search(r"[a-z]", value) else value + "ms") * 1e3
+        return parse_seconds(value if re.search(r"[A-Za-z]", value) else value + "ms") * 1e3
     return value
 
 
 def parse_fraction(value: Any) -> Any:
     """`3%` or 0.03."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*(%?)\s*", value)
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*(%?)\s*", value)
         if not match:
             raise ValueError(f"{value!r} is no fraction: write 3% or 0.03")
         return float(match[1]) / (100 if match[2] else 1)
@@ -48,16 +49,28 @@ def _names(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-Milliseconds = Annotated[float, BeforeValidator(parse_milliseconds)]
-Fraction = Annotated[float, BeforeValidator(parse_fraction)]
-Names = Annotated[list[str], BeforeValidator(_names)]
+# What a file may hold, for the JSON Schema: the validators make numbers of the texts.
+_Positive = Annotated[float, Field(gt=0)]
+_TimeText = Annotated[str, Field(pattern=rf"^\s*{_NUMBER}\s*(ms|s|min|m|h)?\s*$")]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_ShareText = Annotated[str, Field(pattern=rf"^\s*{_NUMBER}\s*%?\s*$")]
+
+Seconds = Annotated[
+    float, Field(gt=0), BeforeValidator(parse_seconds, json_schema_input_type=_Positive | _TimeText)
+]
+Milliseconds = Annotated[
+    float, Field(gt=0), BeforeValidator(parse_milliseconds, json_schema_input_type=_Positive | _TimeText)
+]
+Fraction = Annotated[
+    float, Field(ge=0, lt=1), BeforeValidator(parse_fraction, json_schema_input_type=_Share | _ShareText)
+]
+Names = Annotated[list[str], BeforeValidator(_names, json_schema_input_type=list[str] | str)]
 
 
 class Section(BaseModel):
-    """Base of all recipe sections: frozen, unknown keys forbidden."""
+    """Base of all recipe sections: frozen, unknown keys forbidden, types as written (`yes` is no number)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -101,9 +114,9 @@ class Budget(Section):
     """What may be paid, and the least gain worth keeping."""
 
     max_drop: float | None = Field(None, ge=0, description="Accuracy that may be lost: points, or metric units.")
-    p99_ms: Milliseconds | None = Field(None, gt=0, description="Latency that 99 % of calls must stay under.")
-    min_gain: Fraction = Field(0.03, ge=0, description="Least gain worth shipping, as 3% or 0.03.")
-    time: Seconds | None = Field(None, gt=0, description="Time budget of the whole run, as 90s, 10m, 1h.")
+    p99_ms: Milliseconds | None = Field(None, description="Latency that 99 % of calls must stay under.")
+    min_gain: Fraction = Field(0.03, description="Least gain worth shipping, as 3% or 0.03.")
+    time: Seconds | None = Field(None, description="Time budget of the whole run, as 90s, 10m, 1h.")
     prove_accuracy: bool = Field(False, description="The interval's bound must hold the budget, not the estimate.")
 
 
@@ -133,18 +146,30 @@ def _step(entry: Any) -> Any:
     """`name`, `{name: settings}` or `{one-of: [...]}` to the fields of a step."""
     if isinstance(entry, str):
         return PassStep(name=entry)
+    if isinstance(entry, PassStep | OneOf):
+        return entry
     if isinstance(entry, dict) and len(entry) == 1:
         (name, settings), = entry.items()
         if name == "one-of":
-            return OneOf(steps=[_step(e) for e in settings])
-        return PassStep(name=name, settings=settings or {})
-    if isinstance(entry, PassStep | OneOf):
-        return entry
+            return OneOf(steps=_alternatives(settings))
+        if isinstance(name, str) and isinstance(settings, dict | None):
+            return PassStep(name=name, settings=settings or {})
     raise ValueError(f"{entry!r} is no pass: write a name, or `- name: {{setting: value}}`")
 
 
+def _alternatives(entries: Any) -> list[Any]:
+    steps = [_step(entry) for entry in entries] if isinstance(entries, list) else []
+    if not steps or any(isinstance(step, OneOf) for step in steps):
+        raise ValueError(f"one-of wants a list of passes to choose from, it was given {entries!r}")
+    return steps
+
+
 def _steps(value: Any) -> Any:
-    return [_step(entry) for entry in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_step(entry) for entry in value]
+    if value == "default":
+        return value
+    raise ValueError(f"{value!r} is no pipeline: write default, or a list of passes in order")
 
 
 class Recipe(Section):
@@ -192,6 +217,8 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         known = _known_keys(keys[:-1])
         return nearest(keys[-1], known, f"key in {'.'.join(keys[:-1]) or 'the recipe'}") if known else f"unknown key {keys[-1]}"
+    if len(keys) > 2 and re.fullmatch(r"int|float|list\[\w+\]", keys[-1]):
+        keys.pop()  # which of several allowed types: none of the person's words
     message = first["msg"].removeprefix("Value error, ")
     return f"{'.'.join(keys)}: {message}" if keys else message
 

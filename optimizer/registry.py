@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_type_hints
@@ -80,8 +81,17 @@ def _settings_model(cls: type[Pass]) -> Any:
     from pydantic import ConfigDict, create_model
 
     hints = get_type_hints(cls)
-    defined = {f.name: (hints[f.name], ... if f.default is MISSING else f.default) for f in fields(cls)}  # type: ignore[arg-type]
-    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **defined)  # type: ignore[call-overload]
+    defined = {f.name: (hints[f.name], _default(f)) for f in fields(cls)}  # type: ignore[arg-type]
+    # Strict: what a file says is what a pass gets, `true` is no number and "300" is none either.
+    return create_model(cls.__name__, __config__=ConfigDict(extra="forbid", strict=True), **defined)  # type: ignore[call-overload]
+
+
+def _default(field: Field[Any]) -> Any:
+    from pydantic import Field as PydanticField
+
+    if field.default_factory is not MISSING:
+        return PydanticField(default_factory=field.default_factory)
+    return ... if field.default is MISSING else field.default
 
 
 def bind(step: PassStep) -> Pass:
@@ -91,7 +101,10 @@ def bind(step: PassStep) -> Pass:
     cls = pass_class(step.name)
     model = _settings_model(cls)
     try:
-        checked = model.model_validate(step.settings)
+        # As JSON, which is where settings live: strictness would refuse a list for a tuple otherwise.
+        checked = model.model_validate_json(json.dumps(step.settings))
+    except TypeError as error:
+        raise InputError(f"the settings of {step.name} must be plain data: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -147,9 +160,16 @@ def edit_steps(steps: Sequence[PassStep | OneOf], edits: str) -> list[PassStep |
         name = part[1:]
         if part[0] not in "+-":
             raise InputError(f"--passes {edits}: write +name or -name for each, or plain names only")
-        stage = pass_class(name).stage
-        result = _without(result, name) if part[0] == "-" else _with(_without(result, name), name, stage)
+        cls = pass_class(name)
+        if part[0] == "-":
+            result = _without(result, name)
+        elif not any(name == one.name for step in result for one in _alternatives(step)):
+            result = _with(result, name, cls)
     return result
+
+
+def _alternatives(step: PassStep | OneOf) -> list[PassStep]:
+    return step.steps if isinstance(step, OneOf) else [step]
 
 
 def _without(steps: Sequence[PassStep | OneOf], name: str) -> list[PassStep | OneOf]:
@@ -163,14 +183,15 @@ def _without(steps: Sequence[PassStep | OneOf], name: str) -> list[PassStep | On
     return result
 
 
-def _with(steps: Sequence[PassStep | OneOf], name: str, stage: Stage) -> list[PassStep | OneOf]:
+def _with(steps: Sequence[PassStep | OneOf], name: str, cls: type[Pass]) -> list[PassStep | OneOf]:
+    """`name` put in before the first step of a later stage, or of its own stage that wants to come after it."""
     result = list(steps)
     for position, step in enumerate(result):
-        if isinstance(step, OneOf) and stage is Stage.PRECISION:
+        if isinstance(step, OneOf) and cls.stage is Stage.PRECISION:
             result[position] = OneOf(steps=[*step.steps, PassStep(name=name)])
             return result
-        first = step.steps[0].name if isinstance(step, OneOf) else step.name
-        if pass_class(first).stage > stage:
+        there = pass_class(_alternatives(step)[0].name)
+        if there.stage > cls.stage or (there.stage is cls.stage and name in there.after):
             return [*result[:position], PassStep(name=name), *result[position:]]
     return [*result, PassStep(name=name)]
 

@@ -50,9 +50,9 @@ def bars(report: Report) -> list[Bar]:
 
 
 def chart(report: Report) -> str:
-    """The figure with its caption; nothing where there is no ratio."""
+    """The figure with its caption; nothing where there is no ratio, or nothing but one program on both sides."""
     rows = bars(report)
-    if not rows:
+    if all(row.verdict == "same" for row in rows):
         return ""
     axis = Axis.over(rows)
     height = ROW_HEIGHT * len(rows) + 24
@@ -141,7 +141,7 @@ def flips(found: AccuracyReport) -> str:
     if lost is None or gained is None or lost + gained == 0:
         return ""
     share = 100 * lost / (lost + gained)
-    said = f"{lost:,} samples were right before and are wrong now; {gained:,} were wrong before and are right now."
+    said = f"Right before and wrong now: {lost:,} of {found.n:,}. Wrong before and right now: {gained:,}."
     return (
         '<figure>\n<svg role="img" aria-labelledby="flips-title flips-desc" height="40">\n'
         f'<title id="flips-title">Samples lost and gained</title>\n<desc id="flips-desc">{escape(said)}</desc>\n'

@@ -14,7 +14,7 @@ from string import Template
 from perwatt import report_chart, report_table
 from perwatt import report_words as words
 from perwatt.report import AccuracyReport, CandidateReport, PassReport, Report
-from perwatt.report_units import MISSING, SIZES, compact, duration, in_units, number, plain, signed, with_interval
+from perwatt.report_units import MISSING, SIZES, compact, duration, in_units, number, plain, ratio_words
 
 CHANGES_SHOWN = 12
 CANDIDATES_SHOWN = 40
@@ -41,8 +41,8 @@ def render(report: Report) -> str:
         figures=_figures(report),
         chart=report_chart.chart(report),
         accuracy=_accuracy(report.accuracy),
-        passes=_passes(report.passes),
-        candidates=_candidates(report.candidates),
+        passes=_passes(report.passes, words.drop_unit(report)),
+        candidates=_candidates(report.candidates, words.drop_unit(report)),
         evidence=_evidence(report),
         points=_points(report),
         deploy=_deploy(report),
@@ -120,16 +120,16 @@ def _accuracy(found: AccuracyReport | None) -> str:
     return _section("accuracy", "Accuracy", inner)
 
 
-def _passes(passes: Sequence[PassReport]) -> str:
+def _passes(passes: Sequence[PassReport], unit: str) -> str:
     if not passes:
         return "<p>No passes were run.</p>"
-    rows = [_pass(row) for row in passes[:PASSES_SHOWN]]
+    rows = [_pass(row, unit) for row in passes[:PASSES_SHOWN]]
     more = len(passes) - len(rows)
     tail = f"<p>{more} more in report.json.</p>" if more else ""
     return _element("ol", "\n".join(rows), "passes") + tail
 
 
-def _pass(row: PassReport) -> str:
+def _pass(row: PassReport, unit: str) -> str:
     symbol = words.SYMBOLS[row.status]
     status = words.STATUS_WORDS.get(row.status, row.status)
     mark = f'<span class="symbol {SYMBOL_CLASSES[symbol]}" aria-hidden="true">{symbol}</span>'
@@ -139,11 +139,11 @@ def _pass(row: PassReport) -> str:
         shown.append(f"and {len(row.changes) - CHANGES_SHOWN} more in report.json")
     changes = _bullets(shown) if shown and row.status != "unchanged" else ""
     title = f'<h3>{_text(row.name)}</h3> <span class="status">{_text(status)}</span>'
-    return f"<li>{mark}<div>{title}{reason}{changes}{_pairs(_pass_facts(row), 'facts')}</div></li>"
+    return f"<li>{mark}<div>{title}{reason}{changes}{_pairs(_pass_facts(row, unit), 'facts')}</div></li>"
 
 
-def _pass_facts(row: PassReport) -> list[tuple[str, str]]:
-    said = [("took", duration(row.seconds))]
+def _pass_facts(row: PassReport, unit: str) -> list[tuple[str, str]]:
+    said = [("took", duration(row.seconds))] if row.seconds else []
     if row.drift is not None:
         said.append(("drift", f"{number(row.drift.max_abs, 2)} (relative {number(row.drift.relative, 2)})"))
     if row.drift_from_original is not None:
@@ -154,7 +154,7 @@ def _pass_facts(row: PassReport) -> list[tuple[str, str]]:
     if row.operators:
         said.append(("operators", operator_changes(row.operators.get("before", {}), row.operators.get("after", {}))))
     if row.measured:
-        said.append(("measured", words.measured_words(row.measured)))
+        said.append(("measured", words.measured_words(row.measured, unit)))
     if row.settings:
         said.append(("settings", words.value_words(row.settings)))
     return said
@@ -166,12 +166,12 @@ def operator_changes(before: dict[str, int], after: dict[str, int]) -> str:
     return ", ".join(f"{name} {before.get(name, 0):,} → {after.get(name, 0):,}" for name in changed) or "unchanged"
 
 
-def _candidates(candidates: Sequence[CandidateReport]) -> str:
+def _candidates(candidates: Sequence[CandidateReport], unit: str) -> str:
     if not candidates:
         return ""
     titles = (("candidate", ""), ("verdict", ""), ("CPU time", "number"), ("throughput", "number"),
-              ("accuracy drop", "number"), ("why", ""))  # fmt: skip
-    rows = "\n".join(_candidate(row) for row in candidates[:CANDIDATES_SHOWN])
+              ("accuracy", "number"))  # fmt: skip
+    rows = "\n".join(_candidate(row, unit) for row in candidates[:CANDIDATES_SHOWN])
     table = _element("table", f"{_head(titles)}<tbody>\n{rows}\n</tbody>")
     more = len(candidates) - CANDIDATES_SHOWN
     tail = f"<p>{more} more in report.json.</p>" if more > 0 else ""
@@ -180,16 +180,18 @@ def _candidates(candidates: Sequence[CandidateReport]) -> str:
     return _section("candidates", "Candidates considered", caption + scroll)
 
 
-def _candidate(row: CandidateReport) -> str:
+def _candidate(row: CandidateReport, unit: str) -> str:
     mark = {"shipped": "✓", "runner-up": "–", "rejected": "✗"}[row.verdict]
     made_of = "; ".join(filter(None, [", ".join(row.passes) or "no passes", row.floating_precision]))
-    ratios = [MISSING if ratio is None else with_interval(ratio) for ratio in (row.cpu_s_ratio, row.throughput_ratio)]
-    drop = MISSING if row.drop is None else signed(row.drop, 2)
+    ratios = [ratio_words(ratio) if ratio else (MISSING, "") for ratio in (row.cpu_s_ratio, row.throughput_ratio)]
+    cells = [f'{_text(value)}<br><span class="interval">{_text(interval)}</span>' for value, interval in ratios]
+    reason = f'<p class="why">{_text(row.reason)}</p>' if row.reason else ""
+    drop = MISSING if row.drop is None else words.accuracy_moved(row.drop, unit)
     return (
-        f'<tr><th scope="row">{_text(row.name)}<br><span class="note">{_text(made_of)}</span></th>'
+        f'<tr><th scope="row">{_text(row.name)}<br><span class="note">{_text(made_of)}</span>{reason}</th>'
         f'<td class="mark"><span class="{SYMBOL_CLASSES[mark]}" aria-hidden="true">{mark}</span> {row.verdict}</td>'
-        + "".join(f'<td class="number">{_text(figure)}</td>' for figure in (*ratios, drop))
-        + f"<td>{_text(row.reason)}</td></tr>"
+        + "".join(f'<td class="number">{cell}</td>' for cell in (*cells, _text(drop)))
+        + "</tr>"
     )
 
 

@@ -23,7 +23,6 @@ from perwatt.report_units import (
     percent_or_number,
     plain,
     ratio_words,
-    signed,
     with_interval,
 )
 
@@ -51,10 +50,9 @@ FIGURE_WORDS = {
     "energy_j_per_inference": "joules per inference",
     "size_bytes": "size",
     "size_ratio": "size",
-    "drop": "accuracy drop",
-    "accuracy_drop": "accuracy drop",
     "inferences_per_cpu_s_ratio": "inferences per CPU second",
 }
+DROPS = ("drop", "accuracy_drop")
 CHANGES_SHOWN = 3
 
 
@@ -87,7 +85,7 @@ def title(report: Report) -> str:
 
 
 def basis(report: Report) -> str:
-    """What the headline's number rests on: its interval, and how the joules were come by. Empty where nothing was gained."""
+    """What the headline's number rests on: its interval, and how the joules were come by. Empty without a gain."""
     if report.outcome != "optimized":
         return ""
     energy = energy_known(report)
@@ -125,28 +123,43 @@ def accuracy_words(found: AccuracyReport) -> list[str]:
     return said
 
 
-def pass_words(row: PassReport, every_change: bool = False) -> str:
-    """What a pass did and what it brought, or why it did not."""
+def drop_unit(report: Report) -> str:
+    """The unit in which drops of this report are: points for accuracies, nothing where it isn't known."""
+    return " points" if report.accuracy is not None and report.accuracy.unit == "fraction" else ""
+
+
+def accuracy_moved(drop: float, unit: str = "") -> str:
+    """A drop, positive is worse, without a sign to puzzle over: "0.1 points worse"."""
+    return f"{compact(abs(drop), 2)}{unit} {'worse' if drop > 0 else 'better'}" if drop else "as before"
+
+
+def pass_words(row: PassReport, every_change: bool = False, unit: str = "") -> str:
+    """What a pass did and what it brought, or why it did not; `unit` is that of a drop in accuracy."""
     reason = plain(row.reason) if row.reason else ""
     if row.status not in ("applied", "unchanged"):
-        return f"{STATUS_WORDS.get(row.status, row.status)}: {reason or 'no reason recorded'}{_brought(row)}"
+        return f"{STATUS_WORDS.get(row.status, row.status)}: {reason or 'no reason recorded'}{_brought(row, unit)}"
     if row.status == "unchanged":
         return reason or "nothing to do on this model"
     shown = row.changes if every_change else row.changes[:CHANGES_SHOWN]
     more = len(row.changes) - len(shown)
     did = "; ".join([*map(plain, shown), *([f"and {more} more"] if more else [])]) or "applied"
-    return did + (f" ({reason})" if reason else "") + _brought(row)
+    return did + (f" ({reason})" if reason else "") + _brought(row, unit)
 
 
-def _brought(row: PassReport) -> str:
-    said = measured_words(row.measured or {})
+def _brought(row: PassReport, unit: str) -> str:
+    said = measured_words(row.measured or {}, unit)
     return f"; measured: {said}" if said else ""
 
 
-def measured_words(measured: Mapping[str, Any]) -> str:
-    """Ratios with their intervals, anything else as it is."""
+def measured_words(measured: Mapping[str, Any], unit: str = "") -> str:
+    """Ratios with their intervals, drops as better or worse, anything else as it is."""
     found = {name: value for name, value in measured.items() if value is not None}
-    return ", ".join(f"{_figure_name(name)} {_value_words(value)}" for name, value in found.items())
+    return ", ".join(
+        f"accuracy {accuracy_moved(value, unit)}"
+        if name in DROPS and isinstance(value, int | float)
+        else f"{_figure_name(name)} {_value_words(value)}"
+        for name, value in found.items()
+    )
 
 
 def _figure_name(key: object) -> str:
@@ -193,7 +206,7 @@ def joules_words(report: Report) -> list[str]:
     side = report.optimized.throughput_per_watt
     said = [f"{side.method}, boundary {side.boundary or 'not stated'}: {how}"]
     before, after = in_units([s.energy_j_per_inference.value for s in (report.original, report.optimized)], JOULES)
-    said.append(f"{before} → {after} per inference")
+    said.append(f"{before if before == after else f'{before} → {after}'} per inference")
     if energy.get("uncertainty"):
         said.append(f"uncertainty: {value_words(energy['uncertainty'])}")
     if side.method == "modelled":
@@ -230,12 +243,12 @@ def eager_words(report: Report) -> str | None:
     return f"{with_interval(inverse(eager.cpu_s_ratio))} fewer CPU seconds than torch eager ({stands})"
 
 
-def candidate_words(row: CandidateReport) -> str:
+def candidate_words(row: CandidateReport, unit: str = "") -> str:
     """What was measured of a candidate, and why it ended as it did."""
     figures = {"cpu_s_ratio": row.cpu_s_ratio, "throughput_ratio": row.throughput_ratio}
     said = [f"{FIGURE_WORDS[name]} {with_interval(ratio)}" for name, ratio in figures.items() if ratio is not None]
     if row.drop is not None:
-        said.append(f"accuracy drop {signed(row.drop, 2)}")
+        said.append(f"accuracy {accuracy_moved(row.drop, unit)}")
     return "; ".join([plain(row.reason), *([", ".join(said)] if said else [])])
 
 

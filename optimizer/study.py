@@ -417,7 +417,9 @@ def _credit(row: Row, about: Sequence[Candidate]) -> None:
 def _not_chosen(row: Row, winner: Candidate, about: Sequence[Candidate]) -> Row:
     if row.status != "applied":
         return row
-    best = min((c for c in about if c.reason), key=_cost, default=None)
+    # A lossless pass answers for its own graph, not for what a lossy pass made of it.
+    judged = [c for c in about if c.reason and (row.measured is not None or not c.branch.lossy)]
+    best = min(judged, key=_cost, default=None)
     return replace(row, status="not-chosen", reason=best.reason if best else f"{winner.name} is better")
 
 

@@ -55,8 +55,8 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
     out.gap()
     if report.accuracy is not None:
         out.section("Accuracy", words.accuracy_words(report.accuracy))
-    out.gap()
-    out.show(_ledger(report.passes, verbose))
+        out.gap()
+    out.show(_ledger(report.passes, words.drop_unit(report), verbose))
     out.gap()
     out.section("Joules", words.joules_words(report))
     out.section("Ratios", words.point_words(report))
@@ -167,11 +167,11 @@ def _table(*titles: str) -> Table:
     return table
 
 
-def _ledger(passes: list[PassReport], verbose: bool) -> Table:
+def _ledger(passes: list[PassReport], unit: str, verbose: bool) -> Table:
     grid = _grid((1, max((len(row.name) for row in passes), default=1), 0))
     for row in passes:
         symbol = words.SYMBOLS[row.status]
-        text = words.pass_words(row, every_change=verbose)
+        text = words.pass_words(row, every_change=verbose, unit=unit)
         grid.add_row(_text(symbol, STYLES[symbol]), _text(plain(row.name), "bold"), _text(text))
         if verbose:
             grid.add_row("", "", _text(_pass_details(row), "dim"))
@@ -192,9 +192,10 @@ def _pass_details(row: PassReport) -> str:
 
 
 def _details(out: _Out, report: Report) -> None:
+    unit = words.drop_unit(report)
     out.section(
         "Candidates",
-        [f"{plain(row.name)}, {row.verdict}: {words.candidate_words(row)}" for row in report.candidates],
+        [f"{plain(row.name)}, {row.verdict}: {words.candidate_words(row, unit)}" for row in report.candidates],
     )
     for title, side in (("Before", report.original), ("After", report.optimized)):
         out.section(title, ["; ".join(f"{name}: {value}" for name, value in words.operating_point_words(side))])

@@ -8,6 +8,7 @@ here, right beside the backend.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -262,14 +263,23 @@ def _quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def serve(parent: int) -> None:
-    """Answer until standard input ends."""
+def _disk_error(operation: str, error: OSError) -> dict[str, Any]:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" that holds {Path(error.filename).parent}" if error.filename else ""
+        return {"type": "InputError", "message": f"no room on the disk{where}", "fix": "free some"}
+    return {"type": "BackendError", "message": f"{operation} failed: {type(error).__name__}: {error}"}
+
+
+def serve(parent: int, answers: int) -> None:
+    """Answer on the file descriptor `answers` until standard input ends."""
     _die_with_parent()
     limit = os.environ.get("PERWATT_MEMORY_LIMIT")
     threading.Thread(target=_watch, args=(parent, int(limit) if limit else None), daemon=True).start()
-    # Libraries print; the protocol gets a file of its own, and what they print goes to the log.
-    protocol = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    # Libraries print, and some read: questions and answers have files of their own, which no child inherits.
+    os.set_inheritable(answers, False)
+    protocol = os.fdopen(answers, "w")
+    questions = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _quiet()
 
     def say(answer: dict[str, Any]) -> None:
@@ -277,12 +287,14 @@ def serve(parent: int) -> None:
         protocol.flush()
 
     session = Session(say)
-    for line in sys.stdin:
+    for line in questions:
         request = json.loads(line)
         try:
             say({"result": getattr(session, request["operation"])(**request["parameters"])})
         except PerwattError as error:
             say({"error": {"type": type(error).__name__, "message": error.message, "fix": error.fix}})
+        except OSError as error:
+            say({"error": _disk_error(request["operation"], error)})
         except MemoryError:
             say({"error": {"type": "BackendError", "message": f"out of memory during {request['operation']}"}})
         except Exception as error:
@@ -291,4 +303,4 @@ def serve(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), int(sys.argv[2]))

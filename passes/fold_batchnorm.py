@@ -6,8 +6,8 @@ Szegedy 2015, section 3.1), so it vanishes into the operator before it: W' = W �
     Conv(x, W) → BatchNormalization(γ, β, μ, σ²)        becomes        Conv(x, W', b')
 
 Every backend does this for what it recognises; doing it here gives calibration, quantization and pruning the weights
-that will really run. The computation is in float64 and rounded once. Refused where the product's output is used by
-somebody else, where weights are computed rather than stored, and in training mode.
+that will really run. The computation is in float64 and rounded once. Refused where the product's output or its weights
+are used by somebody else, where weights are computed rather than stored, and in training mode.
 """
 
 from __future__ import annotations
@@ -57,16 +57,19 @@ class FoldBatchnorm(Pass):
 def refusal(norm: Any) -> str | None:
     """Why this batch normalization can't be folded backwards; None where it can."""
     producer = norm.inputs[0].producer() if norm.inputs[0] is not None else None
-    if norm.attributes.get_int("training_mode", 0) or len([o for o in norm.outputs if o.name and o.uses()]) > 1:
+    if norm.attributes.get_int("training_mode", 0) or any(o.uses() or o.is_graph_output() for o in norm.outputs[1:]):
         return "it is in training mode"
     if producer is None or producer.op_type not in FOLDABLE or producer.domain != "":
         return "no convolution or matrix product right before it"
     if len(list(norm.inputs[0].uses())) != 1 or norm.inputs[0].is_graph_output():
         return "what it normalizes is used elsewhere too"
-    if any(value is None or value.const_value is None for value in [*norm.inputs[1:5], *producer.inputs[1:]]):
+    weights = [*norm.inputs[1:5], *producer.inputs[1:2], *_given(producer.inputs[2:])]
+    if any(value is None or value.const_value is None for value in weights):
         return "weights are computed, not stored"
-    if producer.op_type == "Gemm" and len(producer.inputs) > 2 and producer.inputs[2].const_value.size == 1:
-        return "its matrix product has a scalar bias"
+    if len(list(producer.inputs[1].uses())) != 1:
+        return "its product shares weights with another one"
+    if any(value.const_value.size != norm.inputs[1].const_value.shape[0] for value in norm.inputs[1:5]):
+        return "it has more than one scale a channel"
     return None
 
 
@@ -78,28 +81,41 @@ def fold(graph: Any, norm: Any) -> None:
     gamma, beta, mean, variance = (value.const_value.numpy().astype(np.float64) for value in norm.inputs[1:5])
     scale = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
     weight = product.inputs[1].const_value.numpy()
-    bias = product.inputs[2].const_value.numpy().astype(np.float64) if len(product.inputs) > 2 else np.zeros_like(mean)
-    # Gemm computes alpha·A·B + beta·C; the normalization scales the whole sum, so beta's bias is scaled as it stands.
-    bias_factor = product.attributes.get_float("beta", 1.0) if product.op_type == "Gemm" else 1.0
-    new_bias = bias * scale + (beta - mean * scale) / bias_factor
     new_weight = weight.astype(np.float64) * _along_output(product, weight, scale)
-    name = product.outputs[0].name
-    values = [
-        ir.Value(name=f"{name}_{part}", const_value=ir.tensor(array.astype(weight.dtype), name=f"{name}_{part}"))
-        for part, array in (("weight", new_weight), ("bias", new_bias))
-    ]
-    for value in values:
+    new_bias = _bias(product) * scale + beta - mean * scale
+    values = []
+    for part, array in (("weight", new_weight), ("bias", new_bias)):
+        name = _unused_name(graph, f"{product.outputs[0].name}_{part}")
+        value = ir.Value(name=name, const_value=ir.tensor(array.astype(weight.dtype), name=name))
         value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
         graph.register_initializer(value)
+        values.append(value)
     replaced = [*norm.inputs[1:5], *product.inputs[1:]]
-    merged = ir.Node(
-        "", product.op_type, [product.inputs[0], *values], list(product.attributes.values()), name=product.name
-    )
+    attributes = [attribute for name, attribute in product.attributes.items() if name != "beta"]
+    merged = ir.Node("", product.op_type, [product.inputs[0], *values], attributes, name=product.name)
     merged.outputs[0].name = f"{norm.outputs[0].name}"
     ir.convenience.replace_nodes_and_values(
         graph, norm, [norm, product], [merged], [norm.outputs[0]], [merged.outputs[0]]
     )
     _drop_unused(graph, replaced)
+
+
+def _given(inputs: Any) -> list[Any]:
+    """Optional inputs that are there."""
+    return [value for value in inputs if value is not None]
+
+
+def _bias(product: Any) -> Any:
+    """What the product adds, in float64: Gemm computes alpha · A · B + beta · C, and beta's part is taken in here."""
+    given = _given(product.inputs[2:])
+    if not given:
+        return np.zeros(1)
+    return given[0].const_value.numpy().astype(np.float64) * product.attributes.get_float("beta", 1.0)
+
+
+def _unused_name(graph: Any, wanted: str) -> str:
+    taken = {*graph.initializers, *(v.name for v in graph.inputs), *(v.name for node in graph for v in node.outputs)}
+    return next(n for n in (wanted, *(f"{wanted}_{i}" for i in range(len(taken) + 1))) if n not in taken)
 
 
 def _along_output(product: Any, weight: Any, scale: Any) -> Any:
@@ -116,5 +132,8 @@ def _along_output(product: Any, weight: Any, scale: Any) -> Any:
 
 def _drop_unused(graph: Any, values: list[Any]) -> None:
     for value in values:
-        if value is not None and value.name in graph.initializers and not value.uses() and not value.is_graph_output():
+        if value is None or value.name not in graph.initializers or value.uses():
+            continue
+        # Old files list weights as inputs too: without the weight, the caller would have to feed it.
+        if not value.is_graph_output() and not value.is_graph_input():
             del graph.initializers[value.name]

@@ -1,4 +1,4 @@
-"""Networks that tests build by name (`tests/nets.py:resnet20`): CIFAR ResNets as trained by akamaster, and small ones."""
+"""Networks that tests build by name (`tests/nets.py:resnet20`): CIFAR ResNets of akamaster's layout, and small ones."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Files that run code when loaded: each one here really does, writes a marker if it gets to run, and is refused."""
 
+import contextlib
 import io
 import json
 import os
@@ -80,7 +81,9 @@ def changed_json(path, change):
 @pytest.mark.parametrize("new_format", [True, False])
 def test_a_pickled_object(new_format, tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "m.pt"
-    torch.save({"state_dict": {"w": torch.ones(2)}, "extra": Evil(marker)}, path, _use_new_zipfile_serialization=new_format)
+    torch.save(
+        {"state_dict": {"w": torch.ones(2)}, "extra": Evil(marker)}, path, _use_new_zipfile_serialization=new_format
+    )
     said = refused(path, marker)
     assert "open" in said
     for way in ("torch.jit.save", "torch.export.save", "--arch", "ONNX", "--trust"):
@@ -137,7 +140,8 @@ def test_sample_inputs_that_are_pickles(tmp_path):
     evil = pickled(((Evil(marker),), {}))
     path = rewritten(program(tmp_path), lambda name, data: evil if "sample_inputs" in name else data)
     assert "sample_inputs" in refused(path, marker)
-    torch.export.load(path)
+    with contextlib.suppress(Exception):
+        torch.export.load(path)
     assert marker.exists()
 
 
@@ -207,7 +211,11 @@ def test_names_that_reach_generated_source(tmp_path):
     name = f"x=open({str(marker)!r},'w')"
 
     def rename(plain):
-        text = json.dumps(plain).replace('"name": "x"', f'"name": {json.dumps(name)}').replace('"x":', json.dumps(name) + ":")
+        text = (
+            json.dumps(plain)
+            .replace('"name": "x"', f'"name": {json.dumps(name)}')
+            .replace('"x":', json.dumps(name) + ":")
+        )
         plain.clear()
         plain.update(json.loads(text))
 
