@@ -95,3 +95,6 @@ def load(bundle: str | Path | Bundle) -> Model:
         raise TargetError(f"{facts['target']} can't be used here: {'; '.join(missing)}")
     point = OperatingPoint(**facts["operating_point"])
     return Model(target.load(opened.path / facts["target"], opened.signature, point))
+
+
+__all__ = ["Model", "Reading", "load", "optimize", "read"]

@@ -116,7 +116,7 @@ def _prepare(recipe: Recipe, steps: list[PassStep | OneOf], folder: Path, checks
     progress("judging the original", 0.2)
     select, evaluation = _evaluations(recipe, roles, samples, saved, source, folder, checks)
     eager = _save_exported(reading, recipe, folder)
-    pipeline = _pipeline(recipe, source, samples, saved, capabilities, folder, checks, progress)
+    pipeline = _pipeline(recipe, source, samples, saved, capabilities, folder, checks, _pass_progress(progress, steps))
     rows = [_first_row(reading, pipeline, saved["check"], eager, recipe, folder)]
     progress("running the passes", 0.3)
     branches = explore(pipeline, source, steps)
@@ -136,7 +136,7 @@ def _prepare(recipe: Recipe, steps: list[PassStep | OneOf], folder: Path, checks
         progress=lambda share, text: progress(text, 0.45 + 0.5 * share),
     )
     result = study.run(branches)
-    result.notes = [*reading.notes, *roles.notes, *notes, *result.notes]
+    result.notes = [*roles.notes, *notes, *result.notes]
     facts = {"energy": next(iter(result.sides.values())).worker.call("meter_facts"), "data": _data_facts(recipe, roles, samples)}
     return Run(
         recipe, steps, folder, started, target, capabilities, reading, roles, samples, evaluation,
@@ -225,7 +225,7 @@ def _evaluations(recipe: Recipe, roles: datasets.Roles, samples: dict[str, Sampl
     """What to choose with and what to judge with; stops where the original itself makes no sense on the data."""
     if "evaluation" not in samples or "select" not in samples:
         return None, None
-    found = []
+    found: list[Evaluation] = []
     for role in ("select", "evaluation"):
         outputs = _fp32_outputs(source, saved[role], folder, checks, recipe.target.name)
         metric = found[0].metric if found else metrics.resolve(recipe.data.metric, samples["evaluation"], outputs)
@@ -269,7 +269,7 @@ def _save_exported(reading: Reading, recipe: Recipe, folder: Path) -> Path | Non
 
 
 def _pipeline(recipe: Recipe, source: Artifact, samples: dict[str, Samples], saved: dict[str, Path],
-              capabilities: Capabilities, folder: Path, checks: Worker, progress: Progress) -> Pipeline:  # fmt: skip
+              capabilities: Capabilities, folder: Path, checks: Worker, progress: Callable[[str], None]) -> Pipeline:  # fmt: skip
     from dataclasses import asdict
 
     def execute(artifact: Artifact, batches: Samples, taps: Sequence[str]) -> list[Batch]:
@@ -306,7 +306,7 @@ def _pipeline(recipe: Recipe, source: Artifact, samples: dict[str, Samples], sav
         budget=recipe.budget,
         seed=recipe.seed,
         deadline=None if recipe.budget.time is None else time.monotonic() + recipe.budget.time,
-        progress=lambda text: progress(text, 0.3),
+        progress=progress,
         execute=execute,
         measure=lambda artifacts: measure_graphs(recipe, artifacts, saved["timing"], folder),
     )
@@ -331,6 +331,13 @@ def measure_graphs(recipe: Recipe, artifacts: Sequence[Artifact], timing: Path, 
     finally:
         for side in sides:
             side.close()
+
+
+def _pass_progress(progress: Progress, steps: Sequence[PassStep | OneOf]) -> Callable[[str], None]:
+    """Progress from 30 % to 45 % of the run, an equal share for each pass."""
+    count = sum(len(step.steps) if isinstance(step, OneOf) else 1 for step in steps)
+    done = iter(range(1, 1 << 30))
+    return lambda text: progress(text, 0.3 + 0.15 * min(1.0, next(done) / (count + 1)))
 
 
 def _first_row(reading: Reading, pipeline: Pipeline, check: Path, eager: Path | None, recipe: Recipe, folder: Path) -> Row:

@@ -205,10 +205,15 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _model_limit(folder: Path) -> int:
-    """The longest sequence that `config.json` allows."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return _NO_LIMIT
-    limit = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    return limit if isinstance(limit, int) and limit > 0 else _NO_LIMIT
+    """The longest sequence that the folder allows: positions of the model, and what sentence-transformers cuts at."""
+    wanted = (("config.json", "max_position_embeddings"), ("sentence_bert_config.json", "max_seq_length"))
+    limits = []
+    for name, key in wanted:
+        try:
+            config = json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+        limit = config.get(key) if isinstance(config, dict) else None
+        if isinstance(limit, int) and limit > 0:
+            limits.append(limit)
+    return min(limits, default=_NO_LIMIT)

@@ -22,6 +22,8 @@ class EagerProgram(Program):
         # Our own file, written a moment ago from a program that was read with all precautions.
         exported: Any = torch.export.load(str(path))
         self.module = exported.module()
+        # The second child of the input specification holds the keyword arguments that the program was exported with.
+        self.by_name = exported.call_spec.in_spec.child(1).num_children > 0
         self.signature = signature
         self.point = point
         batch = signature.batch
@@ -32,10 +34,7 @@ class EagerProgram(Program):
         torch = self.torch
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(batch[name]) for name in self.inputs}
-            try:
-                out = self.module(*tensors.values())
-            except TypeError:
-                out = self.module(**tensors)
+            out = self.module(**tensors) if self.by_name else self.module(*tensors.values())
         leaves = torch.utils._pytree.tree_leaves(out)
         names = [spec.name for spec in self.signature.outputs]
         return {name: leaf.numpy() for name, leaf in zip(names, leaves, strict=False)}

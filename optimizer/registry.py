@@ -205,7 +205,7 @@ def recipe_schema() -> dict[str, Any]:
     for name in names("passes"):
         cls = pass_class(name)
         entry = _settings_model(cls).model_json_schema()
-        entry["description"] = (inspect.getmodule(cls).__doc__ or "").strip().split("\n")[0]  # type: ignore[union-attr]
+        entry["description"] = (getattr(inspect.getmodule(cls), "__doc__", None) or "").strip().split("\n")[0]
         settings[name] = {"anyOf": [entry, {"type": "null"}]}
     for gone in ("PassStep", "OneOf"):
         schema["$defs"].pop(gone, None)

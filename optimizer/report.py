@@ -105,7 +105,7 @@ class CandidateReport(_Part):
     reason: str
     cpu_s_ratio: RatioFigure | None = Field(None, description="To the original, while screening.")
     throughput_ratio: RatioFigure | None = None
-    drop: float | None = None
+    drop: float | None = Field(None, description="On the select samples, in the unit of accuracy.drop.")
 
 
 class DriftFigures(_Part):
@@ -128,7 +128,10 @@ class PassReport(_Part):
     seconds: float
     size_bytes: dict[str, int] | None = Field(description="Weights before and after.")
     operators: dict[str, dict[str, int]] | None = Field(description="Operator counts before and after.")
-    measured: dict[str, Any] | None = Field(description="What it brought, where it was measured by itself.")
+    measured: dict[str, Any] | None = Field(
+        description="Of a lossy pass, while screening: inferences_per_cpu_s_ratio {value, low, high} to the original, "
+        "floating_precision, accuracy_drop (in the unit of accuracy.drop)."
+    )
 
 
 class Report(_Part):
@@ -140,8 +143,8 @@ class Report(_Part):
     seconds: float = Field(description="Wall time of the whole run.")
     outcome: Outcome
     reason: str = Field(description="Why this outcome, in a sentence.")
-    model: dict[str, Any] = Field(description="name, path, format, digest, inputs, outputs.")
-    target: dict[str, Any] = Field(description="name, backend, device, scenario, batch, versions.")
+    model: dict[str, Any] = Field(description="name, path, format, digest, inputs, outputs, weights_bytes.")
+    target: dict[str, Any] = Field(description="name, backend, device, scenario, batch, versions, isa.")
     original: SideFigures
     optimized: SideFigures
     ratio: RatioFigures = Field(description="Each side at its best permitted operating point: the headline.")

@@ -354,6 +354,7 @@ class Study:
             sides = self._sides(baseline, baseline, self.effort)
         baseline.verdict = "shipped"
         comparison, score = self._evaluate(sides["original"]) if self.evaluation is not None else (None, None)
+        baseline.reason = baseline.reason or "the original is the answer"
         best = min((c for c in considered if c.ratios), key=_cost, default=None)
         reason = "nothing was better than the original beyond the noise"
         if best is not None and best.reason:

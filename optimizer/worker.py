@@ -140,7 +140,7 @@ class Session:
                 break
             self.calls.append({name: np.ascontiguousarray(array) for name, array in call.items()})
         # Calls come grouped by shape; in traffic they do not.
-        np.random.default_rng(0).shuffle(self.calls)  # type: ignore[arg-type]
+        np.random.default_rng(0).shuffle(self.calls)
         program.drive(self.calls, 0.0)
         for call in self.calls:
             program.call(call)
@@ -187,7 +187,7 @@ class Session:
 def capabilities_from_json(plain: dict[str, Any]) -> Capabilities:
     """The capabilities that another process sent."""
     styles = tuple(QuantizationStyle(**style) for style in plain["quantization_styles"])
-    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
     return Capabilities(**{**lists, "quantization_styles": styles})
 
 

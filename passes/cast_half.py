@@ -1,7 +1,7 @@
 """Carry floating point in bfloat16: weights are stored and arithmetic is done in half the bits.
 
-bfloat16 keeps the exponent of float32 and 8 bits of the mantissa, so nothing overflows that did not overflow before;
-what it loses is precision, about three decimal digits remain. It pays where the hardware has bfloat16 matrix units
+bfloat16 keeps the exponent of float32 and 8 bits of the mantissa, so its range is the same (the last 0.4 % below the
+largest float32 is cut off, where masks like to live); what it loses is precision, two to three decimal digits remain. It pays where the hardware has bfloat16 matrix units
 (`Capabilities.half_types`), and halves the file everywhere. It doesn't pay where the backend converts back.
 
     x:f32 → Conv(W:f32) → y:f32      becomes      x:f32 → Cast(bf16) → Conv(W:bf16) → Cast(f32) → y:f32
@@ -37,8 +37,14 @@ class CastHalf(Pass):
             yield "the model is quantized already"
         if artifact.model.functions:
             yield "the model has functions of its own, whose types can't be changed"
-        if len(list(graphs_of(artifact.model))) > 1:
+        if len(list(graphs_of(artifact.model))) > 1 + len(artifact.model.functions):
             yield "the model has control flow, whose branches would need casts of their own"
+        foreign = sorted({node.domain for node in artifact.model.graph} - {""})
+        if foreign:
+            yield f"operators of the domain {foreign[0]} can't be told to give half"
+        names = sorted({node.op_type for node in artifact.model.graph if node.domain == "" and _without_half(node)})
+        if names:
+            yield f"ONNX has no bfloat16 for {', '.join(names)}"
 
     def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
         model = artifact.edit()
@@ -53,11 +59,38 @@ class CastHalf(Pass):
         return artifact.after(model, self.step(changes)), changes
 
 
+def _without_half(node: Any) -> bool:
+    """Whether ONNX defines `node` for float32, which flows through it here, and not for bfloat16."""
+    import onnx
+
+    version = node.graph.opset_imports[""] if node.version is None else node.version
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version)
+    except onnx.defs.SchemaError:
+        return False
+    return any(
+        _is_float(value.dtype) and "tensor(float)" in port.types and "tensor(bfloat16)" not in port.types
+        for values, ports in ((node.inputs, schema.inputs), (node.outputs, schema.outputs))
+        for value, port in zip(values, _repeated(ports, len(values)), strict=False)
+        if value is not None
+    )
+
+
+def _repeated(ports: Any, count: int) -> list[Any]:
+    """A variadic last port stands for all that follow."""
+    return [*ports, *[ports[-1]] * (count - len(ports))] if ports else []
+
+
 def _half(tensor: Any) -> Any:
     import ml_dtypes
+    import numpy as np
     import onnx_ir as ir
 
-    return ir.Tensor(tensor.numpy().astype(ml_dtypes.bfloat16), dtype=ir.DataType.BFLOAT16, name=tensor.name)
+    array = tensor.numpy()
+    # Beyond the largest bfloat16 rounding gives infinity, and a mask's 0 · (−largest float32) would become NaN.
+    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    array = np.where(np.isfinite(array), np.clip(array, -largest, largest), array)
+    return ir.Tensor(array.astype(ml_dtypes.bfloat16), dtype=ir.DataType.BFLOAT16, name=tensor.name)
 
 
 def _is_float(dtype: Any) -> bool:
@@ -70,6 +103,8 @@ def _weights_to_half(graph: Any) -> int:
 
     count = 0
     for value in graph.initializers.values():
+        if value.is_graph_output():
+            continue
         if value.const_value is not None and _is_float(value.const_value.dtype):
             value.const_value = _half(value.const_value)
             value.type = ir.TensorType(ir.DataType.BFLOAT16)

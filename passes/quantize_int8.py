@@ -62,7 +62,10 @@ class QuantizeInt8(Pass):
 
         samples = context.samples("calibrate").take(self.subset_size, context.seed)
         calls = _calls(artifact, samples)
-        source = ir.to_proto(artifact.edit())
+        model = artifact.edit()
+        _name_nodes(model.graph)
+        ignored = _scope(nncf, self.exclude, model.graph)
+        source = ir.to_proto(model)
         kind, preset = self._kind(artifact), self._preset(context)
         try:
             quantized = nncf.quantize(
@@ -72,7 +75,7 @@ class QuantizeInt8(Pass):
                 subset_size=len(calls),
                 fast_bias_correction=self.fast_bias_correction,
                 model_type=nncf.ModelType.TRANSFORMER if kind == "transformer" else None,
-                ignored_scope=_scope(nncf, self.exclude, artifact),
+                ignored_scope=ignored,
             )
         except Exception as error:
             raise PassError(f"NNCF could not quantize this model: {_first_line(error)}") from error
@@ -106,15 +109,25 @@ def _calls(artifact: Artifact, samples: Any) -> list[dict[str, Any]]:
     return [piece for chunk in samples for piece, _ in split(chunk, size)]
 
 
-def _scope(nncf: Any, exclude: tuple[str, ...], artifact: Artifact) -> Any:
+def _name_nodes(graph: Any) -> None:
+    """Give every node a name of its own: NNCF refuses graphs where two share one."""
+    taken: set[str] = set()
+    for number, node in enumerate(graph):
+        wanted = node.name or f"{node.op_type}_{number}"
+        node.name = wanted if wanted not in taken else f"{wanted}_{number}"
+        taken.add(node.name)
+
+
+def _scope(nncf: Any, exclude: tuple[str, ...], graph: Any) -> Any:
     if not exclude:
         return None
     import fnmatch
 
-    names = [node.name for node in artifact.model.graph if node.name]
-    chosen = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
-    if not chosen:
-        raise PassError(f"exclude {list(exclude)} matches no node; names look like {names[:3]}")
+    names = [node.name for node in graph]
+    for pattern in exclude:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise PassError(f"exclude {pattern!r} matches no node; names look like {', '.join(names[:3])}")
+    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)]
     return nncf.IgnoredScope(names=chosen)
 
 

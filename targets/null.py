@@ -12,6 +12,7 @@ from typing import Any
 
 from perwatt.artifact import Artifact
 from perwatt.contract import Capabilities, OperatingPoint, Program, QuantizationStyle, Target
+from perwatt.errors import BackendError
 from perwatt.measurement import Window
 from perwatt.signature import Batch, Signature, inferences
 
@@ -51,14 +52,17 @@ class NullProgram(Program):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self.session = onnxruntime.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime refused the model: {' '.join(str(error).split())[:300]}") from error
         self.path = artifact.path
         self.signature = artifact.signature
         self.point = point
         batch = artifact.signature.batch
         self.batch_size = batch if isinstance(batch, int) else None
         counts = artifact.operator_counts()
-        cost = sum(COST_MS.get(name, 0.05) * count for name, count in counts.items())
+        cost = sum(COST_MS.get(name, 0.05) * count for name, count in counts.items()) or 0.05
         self.cost_ms = cost / (2 if counts.get("DequantizeLinear") else 1)
 
     def call(self, batch: Batch) -> Batch:

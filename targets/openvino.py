@@ -71,13 +71,11 @@ class OpenVINO(Target):
     def lower(self, artifact: Artifact, point: OperatingPoint) -> Program:
         """Read, make the batch static, compile. Raises BackendError with OpenVINO's own words."""
         assert artifact.path is not None, "lowering needs the artifact on disk: call artifact.file(folder) first"
-        try:
-            return OpenVINOProgram(artifact.path, artifact.signature, point)
-        except Exception as error:
-            raise BackendError(f"OpenVINO refused the model: {_words(error)}") from error
+        return _compiled(artifact.path, artifact.signature, point)
 
     def load(self, folder: Path, signature: Signature, point: OperatingPoint) -> Program:
-        return OpenVINOProgram(folder / "model.xml", signature, point)
+        """Compile what `save` wrote. Raises BackendError with OpenVINO's own words."""
+        return _compiled(folder / "model.xml", signature, point)
 
     def script(self) -> str:
         return (files("perwatt.targets") / "openvino_run.py.txt").read_text()
@@ -86,6 +84,15 @@ class OpenVINO(Target):
         from importlib.metadata import version
 
         return {"openvino": version("openvino")}
+
+
+def _compiled(path: Path, signature: Signature, point: OperatingPoint) -> Program:
+    try:
+        return OpenVINOProgram(path, signature, point)
+    except BackendError:
+        raise
+    except Exception as error:
+        raise BackendError(f"OpenVINO refused the model: {_words(error)}") from error
 
 
 class OpenVINOProgram(Program):
@@ -98,6 +105,8 @@ class OpenVINOProgram(Program):
         if isinstance(signature.batch, str):
             _make_batch_static(self.model, point.batch)
         precision = point.floating_precision or _default_precision()
+        if precision not in PRECISIONS:
+            raise BackendError(f"OpenVINO has no floating precision {precision!r}: known are {', '.join(PRECISIONS)}")
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
             "PERFORMANCE_HINT": HINTS[point.scenario],
@@ -123,9 +132,12 @@ class OpenVINOProgram(Program):
         self.outputs = [spec.name for spec in signature.outputs]
 
     def call(self, batch: Batch) -> Batch:
-        self.request.infer([batch[name] for name in self.inputs], share_inputs=True)
-        ports = range(len(self.outputs))
-        return {name: self._as_declared(name, np.array(self.request.get_output_tensor(i).data)) for name, i in zip(self.outputs, ports, strict=True)}
+        try:
+            self.request.infer([batch[name] for name in self.inputs], share_inputs=True)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO failed on this input: {_words(error)}") from error
+        found = [np.array(self.request.get_output_tensor(i).data) for i in range(len(self.outputs))]
+        return {name: self._as_declared(name, array) for name, array in zip(self.outputs, found, strict=True)}
 
     def _as_declared(self, name: str, array: Any) -> Any:
         spec = next(s for s in self.signature.outputs if s.name == name)

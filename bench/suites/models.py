@@ -119,13 +119,13 @@ def minilm(folder: Path) -> Path:
 
 
 def sst2(folder: Path, calibration: int = 600) -> dict[str, Any]:
-    """Options that name SST-2: training sentences calibrate, the dev set judges."""
+    """Options that name SST-2: training sentences calibrate, the test set judges."""
     with (DATA / "text" / "sst2_train.tsv").open() as stream:
         rows = list(csv.reader(stream, delimiter="\t"))
     chosen = np.random.default_rng(0).choice(np.arange(1, len(rows)), calibration, replace=False)
     path = folder / "sst2_calibrate.tsv"
     path.write_text("\n".join("\t".join(row) for row in [rows[0], *(rows[i] for i in sorted(chosen))]) + "\n")
-    return {"data": str(path), "eval": str(DATA / "text" / "sst2_dev.tsv"), "text": "sentence", "label": "label"}
+    return {"data": str(path), "eval": str(DATA / "text" / "sst2_test.tsv"), "text": "sentence", "label": "label"}
 
 
 def pictures(folder: Path, count: int = 200) -> Path:

@@ -1,0 +1,43 @@
+"""Fixtures and options of all tests. Modules beside this file (`models`, `nets`) can be imported by name."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
+
+# The same examples in every run, and no clock: a slow machine is no failure.
+settings.register_profile("perwatt", deadline=None, derandomize=True, max_examples=15, database=None)
+settings.load_profile("perwatt")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew from what comes out now")
+
+
+@pytest.fixture
+def golden(request):
+    """`golden("name", text)`: the text equals tests/golden/name.txt; with `--update-golden` it is written there."""
+
+    def check(name, text):
+        path = TESTS / "golden" / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.write_text(text)
+        assert path.exists(), f"no golden file {path.name}: run pytest --update-golden, and read what it wrote"
+        assert text == path.read_text(), f"{path.name} differs: run pytest --update-golden, and read the difference"
+
+    return check
+
+
+@pytest.fixture
+def golden_pass(golden):
+    """`golden_pass("name", before, after, changes)`: a pass's printed graphs and its words are as recorded."""
+    from models import printed
+
+    def check(name, before, after, changes):
+        golden(name, f"{printed(before)}\n=> {'; '.join(changes)}\n\n{printed(after)}")
+
+    return check
