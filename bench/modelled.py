@@ -3,8 +3,8 @@
     energy = CPU seconds × watts of one busy core
 
 Watts of a busy core are the processor's thermal design power over its cores; the table names its source. Turbo, memory
-and voltage regulators and idle power are left out, so a figure is good for comparing two programs on one machine (where the factor
-cancels) and within about a factor of 1.5 in absolute terms. Unknown processors get no figure: None, never 0.
+and voltage regulators and idle power are left out, so a figure is good for comparing two programs on one machine (where
+the factor cancels) and within about a factor of 1.5 in absolute terms. Unknown processors get no figure: None, never 0.
 """
 
 from __future__ import annotations
@@ -87,12 +87,15 @@ class Modelled(Meter):
     def describe(self) -> dict[str, Any]:
         name = self.processor.name if self.processor else "unknown processor"
         if self.row is None:
-            return {"method": "unavailable", "boundary": None, "how": f"no energy counter, and {name} is not in the power table"}
-        watts = float(self.row["tdp_w"]) / float(self.row["cores"])
+            how = f"no energy counter, and {name} is not in the power table"
+            return {"method": "unavailable", "boundary": None, "how": how}
+        row = self.row
+        watts = float(row["tdp_w"]) / float(row["cores"])
+        of = f"{row['as']}: {row['tdp_w']} W, {row['cores']} cores"
         return {
             "method": "modelled",
             "boundary": "package",
-            "how": f"CPU seconds × {watts:.2f} W for one busy core ({self.row['as']}: {self.row['tdp_w']} W, {self.row['cores']} cores)",
-            "source": self.row["source"],
-            "uncertainty": self.row["uncertainty"],
+            "how": f"CPU seconds × {watts:.2f} W for one busy core ({of})",
+            "source": row["source"],
+            "uncertainty": row["uncertainty"],
         }

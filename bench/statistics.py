@@ -2,8 +2,8 @@
 
 Two programs are compared by the ratio of their figures in neighbouring windows, so that what disturbs both cancels. The
 logarithm makes a ratio and its inverse equally far from one. Windows on a shared machine have outliers in both
-directions, so the mean is trimmed by a fifth at each end, with Yuen's interval (Biometrika 61, 1974, 165-170): Student's
-t with the winsorized variance.
+directions, so the mean is trimmed by a fifth at each end, with Yuen's interval (Biometrika 61, 1974, 165-170):
+Student's t with the winsorized variance.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from perwatt.measurement import Ratio
 T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)
+)  # fmt: skip
 
 
 def t_quantile(degrees: int) -> float:
@@ -50,7 +50,8 @@ def trimmed_interval(values: Sequence[float], trim: float = 0.2) -> tuple[float,
 
 
 def paired_ratio(optimized: Sequence[float | None], original: Sequence[float | None]) -> Ratio:
-    """Optimized ÷ original over paired windows, with its 95 % interval; None where a side is missing or not positive."""
+    """Optimized ÷ original over paired windows, with its 95 % interval. Pairs with a side that is missing or not
+    positive don't count; None where none is left."""
     pairs = [(a, b) for a, b in zip(optimized, original, strict=True) if a and b and a > 0 and b > 0]
     if not pairs:
         return Ratio(None)

@@ -16,7 +16,7 @@ from perwatt.errors import InputError, TargetError
 from perwatt.isolation import Worker
 from perwatt.options import build_recipe
 from perwatt.reading import Reading
-from perwatt.signature import Array, Batch, Signature
+from perwatt.signature import Array, Batch, Signature, rows
 
 
 def optimize(
@@ -73,7 +73,7 @@ class Model:
             if len(specs) != 1:
                 raise InputError(f"the model has the inputs {[s.name for s in specs]}", fix="give {name: array}")
             inputs = {specs[0].name: inputs}
-        batch = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        batch = {name: np.asarray(array, order="C") for name, array in inputs.items()}
         for spec in specs:
             given = batch.get(spec.name)
             if given is not None and str(given.dtype) != spec.dtype and np.can_cast(given.dtype, spec.dtype, "same_kind"):
@@ -81,6 +81,8 @@ class Model:
         problems = self.signature.problems(batch)
         if problems:
             raise InputError("; ".join(problems))
+        if self.signature.batch is not None and not rows(batch):
+            raise InputError("there is nothing to run: the batch axis is empty")
         return self._program.run(batch)
 
 

@@ -226,7 +226,9 @@ def signature_from_json(facts: dict[str, Any]) -> Signature:
     """The signature that `dataclasses.asdict` made plain data of."""
 
     def specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(e["name"], e["dtype"], tuple(e["shape"]) if e["shape"] is not None else None) for e in entries)
+        return tuple(
+            TensorSpec(e["name"], e["dtype"], tuple(e["shape"]) if e["shape"] is not None else None) for e in entries
+        )
 
     return Signature(specs(facts["inputs"]), specs(facts["outputs"]))
 
@@ -267,10 +269,17 @@ def _digest_graph(sha: Any, graph: Any) -> None:
         tensor = graph.initializers[name].const_value
         sha.update(repr((name, None if tensor is None else tensor_digest(tensor))).encode())
     for node in graph:
-        ins = [v.name if v is not None else "" for v in node.inputs]
-        sha.update(repr((node.op_identifier(), ins, [v.name for v in node.outputs])).encode())
+        sha.update(repr((node.op_identifier(), _names(node.inputs), _names(node.outputs))).encode())
         for name in sorted(node.attributes):
             _digest_attribute(sha, node.attributes[name])
+
+
+def _names(values: Any) -> list[str]:
+    """Names in order, empty for what is left out; what is left out at the end is not written to a file either."""
+    names = [v.name or "" if v is not None else "" for v in values]
+    while names and not names[-1]:
+        names.pop()
+    return names
 
 
 def _digest_attribute(sha: Any, attribute: Any) -> None:

@@ -14,9 +14,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +66,9 @@ class Bundle:
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"the bundle {self.path} is damaged: {name} can't be read ({error})", fix="make it anew") from None
+            raise InputError(
+                f"the bundle {self.path} is damaged: {name} can't be read ({error})", fix="make it anew"
+            ) from None
         if not isinstance(found, dict):
             raise InputError(f"the bundle {self.path} is damaged: {name} holds no object", fix="make it anew")
         return found
@@ -83,16 +86,26 @@ def is_bundle(path: Path) -> bool:
     return (path / LOCK).is_file() and (path / "program.json").is_file()
 
 
-def check_destination(path: Path, model_name: str, force: bool) -> None:
-    """Refuse, before any work is done, a destination that can't or mustn't be written. Raises InputError."""
+def check_destination(path: Path, model_name: str, force: bool, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuse, before any work is done, a destination that can't or mustn't be written. A folder that holds one of the
+    run's own `inputs` is never replaced, forced or not. Raises InputError."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file", fix="give another folder with --out")
     if path.is_dir() and not force and any(path.iterdir()):
         if not is_bundle(path):
-            raise InputError(f"{path} exists and is no bundle of perwatt's", fix="give another folder with --out, or --force to replace it")
+            raise InputError(
+                f"{path} exists and is no bundle of perwatt's",
+                fix="give another folder with --out, or --force to replace it",
+            )
         made_from = open_bundle(path).lock.get("model", {}).get("name")
         if made_from != model_name:
-            raise InputError(f"{path} is a bundle of another model ({made_from})", fix="give another folder with --out, or --force to replace it")
+            raise InputError(
+                f"{path} is a bundle of another model ({made_from})",
+                fix="give another folder with --out, or --force to replace it",
+            )
+    held = [where for where in inputs if Path(os.path.realpath(where)).is_relative_to(os.path.realpath(path))]
+    if held:
+        raise InputError(f"{path} holds {held[0]}, which would be replaced", fix="give another folder with --out")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise InputError(f"the folder {parent} does not exist", fix="create it, or give another one with --out")
@@ -120,7 +133,7 @@ def writing(path: Path) -> Iterator[Path]:
         _sync(partial)
         _into_place(partial, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if no_room(error) or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise _cant_write(path, error) from None
         raise
     finally:
@@ -129,9 +142,16 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def _cant_write(path: Path, error: OSError) -> InputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(f"no room on the disk that holds {path.parent}", fix="free some, or give another folder with --out")
+    if no_room(error):
+        return InputError(
+            f"no room on the disk that holds {path.parent}", fix="free some, or give another folder with --out"
+        )
     return InputError(f"can't write {path}: {error.strerror}", fix="give another folder with --out")
+
+
+def no_room(error: OSError) -> bool:
+    """Whether a disk is full. NumPy says so in words, without the number."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(r"\d+ requested and \d+ written", str(error)))
 
 
 def _new_partial(path: Path) -> tuple[Path, int]:

@@ -20,7 +20,7 @@ def all_passes() -> list[dict[str, Any]]:
 
 
 def one_pass(name: str) -> dict[str, Any]:
-    """One pass's page: its documentation, settings with their defaults, tolerance. Raises InputError for unknown names."""
+    """One pass's page: documentation, settings with their defaults, tolerance. Raises InputError for unknown names."""
     cls = registry.pass_class(name)
     settings = {f.name: None if f.default is MISSING else f.default for f in fields(cls)}  # type: ignore[arg-type]
     tolerance = None if cls.tolerance is None else {"atol": cls.tolerance.atol, "rtol": cls.tolerance.rtol}
@@ -52,8 +52,13 @@ def as_text(entry: dict[str, Any] | list[dict[str, Any]]) -> str:
     """The list, or one page, for a terminal."""
     if isinstance(entry, list):
         width = max(len(e["name"]) for e in entry)
-        lines = [f"{e['name']:<{width}}  {e['stage']:<9}  {'default' if e['default'] else '       '}  {e['summary']}" for e in entry]
-        return "\n".join([*lines, "", "optimize passes NAME shows a pass's page. Lossy passes are shipped only if accuracy allows."])
+        lines = [
+            f"{e['name']:<{width}}  {e['stage']:<9}  {'default' if e['default'] else '       '}  {e['summary']}"
+            for e in entry
+        ]
+        return "\n".join(
+            [*lines, "", "optimize passes NAME shows a pass's page. Lossy passes are shipped only if accuracy allows."]
+        )
     tolerance = entry["tolerance"]
     promise = f"max|Δ| ≤ {tolerance['atol']:g} + {tolerance['rtol']:g} · RMS" if tolerance else "none: accuracy decides"
     settings = [f"  {name}: {value!r}" for name, value in entry["settings"].items()] or ["  none"]
@@ -88,7 +93,8 @@ def targets_text(entries: list[dict[str, Any]]) -> str:
         lines += [f"    missing: {reason}" for reason in entry["missing"]]
         found = entry["capabilities"]
         if found:
-            lines.append(f"    floating precision: {', '.join(found['floating_precisions'])} (the first is the backend's default)")
+            precisions = ", ".join(found["floating_precisions"])
+            lines.append(f"    floating precision: {precisions} (the first is the backend's default)")
             if found["isa"]:
                 lines.append(f"    instruction sets: {', '.join(found['isa'])}")
             if found["quantization_styles"]:

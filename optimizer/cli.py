@@ -51,6 +51,14 @@ class Program(click.Group):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Nobody reads on: click would end with 1, which is a failed gate's.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(0) from None
+
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         run = self.commands["run"]
         formatter.write_usage(ctx.command_path, "MODEL [OPTIONS]  |  COMMAND [ARGS]…")
@@ -184,12 +192,12 @@ def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
     from perwatt import recipe as recipes
     from perwatt import registry
     from perwatt.bundle import check_destination, is_bundle
-    from perwatt.compilation import model_name, resolve_steps
+    from perwatt.compilation import inputs_of, model_name, resolve_steps
     from perwatt.reading import detect
 
     steps = resolve_steps(recipe)
     registry.target(recipe.target.name)
-    check_destination(out, model_name(recipe), shown["force"])
+    check_destination(out, model_name(recipe), shown["force"], inputs_of(recipe))
     path = Path(recipe.model.path)
     kind = "bundle" if is_bundle(path) else detect(path)
     resolved = recipe.model_copy(update={"passes": steps})
@@ -288,9 +296,6 @@ def main() -> None:
         _fail("stopped; nothing was written", 130, as_json)
     except click.ClickException as error:
         _fail(error.format_message(), 2, as_json)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except Exception as error:
         from perwatt.errors import PerwattError
 

@@ -7,21 +7,24 @@ This is the only place that knows the whole way; no step below reaches back.
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perwatt import datasets, metrics, registry
 from perwatt.artifact import Artifact
-from perwatt.bundle import Bundle, check_destination, is_bundle
-from perwatt.contract import Capabilities, Context, OperatingPoint, Pass
+from perwatt.bundle import Bundle, check_destination, is_bundle, no_room
+from perwatt.contract import Capabilities, Context, OperatingPoint, Pass, Tolerance
 from perwatt.data import Samples
 from perwatt.drift import drift
 from perwatt.errors import BackendError, InputError, PerwattError, TargetError
 from perwatt.isolation import Worker, workspace
-from perwatt.measuring import Effort
+from perwatt.measuring import SCREENING, Effort, Side, figures, interleave
 from perwatt.pipeline import Pipeline, Proof, Row, finite_drift
 from perwatt.reading import Reading, read
 from perwatt.recipe import OneOf, PassStep, Recipe
@@ -34,6 +37,9 @@ CHECKED_SAMPLES = 16
 """Samples on which drift is measured after every pass."""
 
 OFFLINE_BATCH = 32
+
+SOURCE_TOLERANCE = Tolerance(atol=1e-3, rtol=1e-2)
+"""Between a source and the artifact read from it; a mistake in reading is orders of magnitude beyond rounding."""
 Progress = Callable[[str, float], None]
 
 
@@ -68,6 +74,23 @@ def model_name(recipe: Recipe) -> str:
     return path.resolve().name if path.is_dir() else path.stem
 
 
+def inputs_of(recipe: Recipe) -> list[str]:
+    """The files and folders that a run reads."""
+    data = recipe.data
+    return [recipe.model.path, *(where for where in (data.all, data.calibrate, data.eval, data.train) if where)]
+
+
+@contextmanager
+def full_disk_explained() -> Iterator[None]:
+    """A full disk under the scratch folder is the user's to mend, and no internal error."""
+    try:
+        yield
+    except OSError as error:
+        if not no_room(error):
+            raise
+        raise InputError(f"no room in the folder {tempfile.gettempdir()}", fix="free some, or set TMPDIR") from None
+
+
 def resolve_steps(recipe: Recipe) -> list[PassStep | OneOf]:
     """The recipe's passes, `default` spelled out, every setting checked. Raises InputError."""
     pruning = recipe.data.train is not None and recipe.budget.max_drop is not None
@@ -85,8 +108,8 @@ def compile_model(recipe: Recipe, out: Path, *, force: bool = False, progress: P
     started = time.perf_counter()
     steps = resolve_steps(recipe)
     registry.target(recipe.target.name)
-    check_destination(out, model_name(recipe), force)
-    with workspace() as scratch, Worker("checks") as checks:
+    check_destination(out, model_name(recipe), force, inputs_of(recipe))
+    with full_disk_explained(), workspace() as scratch, Worker("checks") as checks:
         run = _prepare(recipe, steps, Path(scratch), checks, progress, started)
         try:
             progress("writing the bundle", 0.96)
@@ -103,6 +126,9 @@ def _prepare(recipe: Recipe, steps: list[PassStep | OneOf], folder: Path, checks
         raise TargetError(f"target {recipe.target.name} can't be used here: {'; '.join(target['missing'])}")
     capabilities = capabilities_from_json(target["capabilities"])
     progress(f"reading {recipe.model.path}", 0.03)
+    # What the worker will need is imported while the model is read here; nothing is being measured yet.
+    meanwhile = ThreadPoolExecutor(max_workers=1)
+    meanwhile.submit(checks.call, "warm")
     reading = read_model(recipe, checks)
     source = reading.artifact
     progress("opening the data", 0.15)
@@ -114,30 +140,43 @@ def _prepare(recipe: Recipe, steps: list[PassStep | OneOf], folder: Path, checks
     saved = {role: found.save(folder / "samples" / role) for role, found in samples.items()}
     _check_model(source, folder, checks)
     progress("judging the original", 0.2)
-    select, evaluation = _evaluations(recipe, roles, samples, saved, source, folder, checks)
-    eager = _save_exported(reading, recipe, folder)
-    pipeline = _pipeline(recipe, source, samples, saved, capabilities, folder, checks, _pass_progress(progress, steps))
-    rows = [_first_row(reading, pipeline, saved["check"], eager, recipe, folder)]
-    progress("running the passes", 0.3)
-    branches = explore(pipeline, source, steps)
-    study = Study(
-        target=recipe.target.name,
-        capabilities=capabilities,
-        point=operating_point(recipe),
-        budget=recipe.budget,
-        source=source,
-        timing=saved["timing"],
-        select=select,
-        evaluation=evaluation,
-        max_drop=_max_drop(recipe, evaluation),
-        folder=folder,
-        eager=eager,
-        effort=_effort(recipe, started),
-        progress=lambda share, text: progress(text, 0.45 + 0.5 * share),
-    )
-    result = study.run(branches)
+    eager, opened = _eager_side(reading, recipe, folder, meanwhile)
+    try:
+        select, evaluation = _evaluations(recipe, roles, samples, saved, source, folder, checks)
+        try:
+            opened.result()
+        except BackendError as error:
+            notes.append(f"torch eager could not be measured: {error}")
+            eager = None
+        pipeline = _pipeline(recipe, source, samples, saved, capabilities, folder, checks, _pass_progress(progress, steps))
+        rows = [_first_row(
+            reading, pipeline.outputs(source), lambda: _source_outputs(reading, saved["check"], eager, recipe, folder)
+        )]  # fmt: skip
+        progress("running the passes", 0.3)
+        branches = explore(pipeline, source, steps)
+        study = Study(
+            target=recipe.target.name,
+            capabilities=capabilities,
+            point=operating_point(recipe),
+            budget=recipe.budget,
+            source=source,
+            timing=saved["timing"],
+            select=select,
+            evaluation=evaluation,
+            max_drop=_max_drop(recipe, evaluation),
+            folder=folder,
+            eager=eager,
+            effort=_effort(recipe, started),
+            progress=lambda share, text: progress(text, 0.45 + 0.5 * share),
+        )
+        result = study.run(branches)
+    except BaseException:
+        if eager is not None:
+            eager.close()
+        raise
     result.notes = [*roles.notes, *notes, *result.notes]
-    facts = {"energy": next(iter(result.sides.values())).worker.call("meter_facts"), "data": _data_facts(recipe, roles, samples)}
+    energy = result.sides["original"].worker.call("meter_facts")
+    facts = {"energy": energy, "data": _data_facts(recipe, roles, samples)}
     return Run(
         recipe, steps, folder, started, target, capabilities, reading, roles, samples, evaluation,
         study.max_drop, [*rows, *result.rows], result, facts,
@@ -225,12 +264,14 @@ def _evaluations(recipe: Recipe, roles: datasets.Roles, samples: dict[str, Sampl
     """What to choose with and what to judge with; stops where the original itself makes no sense on the data."""
     if "evaluation" not in samples or "select" not in samples:
         return None, None
-    found: list[Evaluation] = []
-    for role in ("select", "evaluation"):
-        outputs = _fp32_outputs(source, saved[role], folder, checks, recipe.target.name)
-        metric = found[0].metric if found else metrics.resolve(recipe.data.metric, samples["evaluation"], outputs)
-        score = metric.score(outputs, samples[role], outputs)
-        found.append(Evaluation(metric, samples[role], saved[role], outputs, score))
+    outputs = _fp32_outputs(source, saved["evaluation"], folder, checks, recipe.target.name)
+    metric = metrics.resolve(recipe.data.metric, samples["evaluation"], outputs)
+    # The evaluation samples are the select samples and then the confirm samples, batch by batch.
+    first = outputs[: len(list(samples["select"]))]
+    found = [
+        Evaluation(metric, samples[role], saved[role], part, metric.score(part, samples[role], part))
+        for role, part in (("select", first), ("evaluation", outputs))
+    ]
     check_original(found[1], recipe.data.expect)
     return found[0], found[1]
 
@@ -257,15 +298,17 @@ def _max_drop(recipe: Recipe, evaluation: Evaluation | None) -> float:
     return default if default is not None else 0.01 * abs(evaluation.original.value)
 
 
-def _save_exported(reading: Reading, recipe: Recipe, folder: Path) -> Path | None:
-    """The exported program for the torch-eager comparison; None where its inputs are not those that are fed."""
+def _eager_side(reading: Reading, recipe: Recipe, folder: Path, meanwhile: Executor) -> tuple[Side | None, Future[None]]:
+    """torch eager in a worker of its own, for row 0 and for the comparison, and when it will be open; None where its
+    inputs are not those that are fed."""
     if reading.exported is None or recipe.inputs:
-        return None
+        return None, meanwhile.submit(lambda: None)
     import torch
 
     path = folder / "eager.pt2"
     torch.export.save(reading.exported, path)
-    return path
+    side, opened = Side.eager(path, reading.artifact, operating_point(recipe), folder)
+    return side, meanwhile.submit(opened)
 
 
 def _pipeline(recipe: Recipe, source: Artifact, samples: dict[str, Samples], saved: dict[str, Path],
@@ -320,8 +363,6 @@ def _pipeline(recipe: Recipe, source: Artifact, samples: dict[str, Samples], sav
 
 def measure_graphs(recipe: Recipe, artifacts: Sequence[Artifact], timing: Path, folder: Path) -> list[float]:
     """CPU seconds per inference of each artifact at the recipe's operating point, measured interleaved."""
-    from perwatt.measuring import SCREENING, Side, figures, interleave
-
     sides: list[Side] = []
     try:
         for number, artifact in enumerate(artifacts):
@@ -340,40 +381,43 @@ def _pass_progress(progress: Progress, steps: Sequence[PassStep | OneOf]) -> Cal
     return lambda text: progress(text, 0.3 + 0.15 * min(1.0, next(done) / (count + 1)))
 
 
-def _first_row(reading: Reading, pipeline: Pipeline, check: Path, eager: Path | None, recipe: Recipe, folder: Path) -> Row:
-    """Row 0 of the ledger: the source model against the first artifact, on the same samples."""
+def _first_row(reading: Reading, ours: list[Batch] | str, source: Callable[[], list[Batch] | None]) -> Row:
+    """Row 0 of the ledger: the source model (`source()` runs it) against the first artifact, on the same samples.
+
+    Raises InputError where the artifact is not the model that was given."""
     step = reading.artifact.steps[0]
     row = Row("read", dict(step.settings), "applied", changes=list(step.changes) or ["as it is"])
-    ours = pipeline.outputs(reading.artifact)
     try:
-        theirs = _source_outputs(reading, check, eager, recipe, folder)
+        theirs = source()
     except PerwattError as error:
         row.reason = f"not compared with the source: {error}"
         return row
     if isinstance(ours, str) or theirs is None:
         row.reason = f"not verified numerically: {ours}" if isinstance(ours, str) else "not compared with the source"
         return row
-    if reading.format != "onnx":
-        # torch gives its outputs by position.
-        ours = [dict(zip(their, our.values(), strict=False)) for our, their in zip(ours, theirs, strict=True)]
-    row.drift = row.drift_from_original = finite_drift(drift(theirs, ours, None))
+    measured = drift(theirs, ours, SOURCE_TOLERANCE)
+    row.drift = row.drift_from_original = finite_drift(measured)
+    if measured.reasons:
+        again = source()
+        if again is None or not drift(theirs, again, SOURCE_TOLERANCE).reasons:
+            words = "; ".join(measured.reasons)
+            raise InputError(f"the model as read is not the model as given: {words}", fix="please report it")
+        row.reason = "the source gives other outputs each time (dropout or random numbers), so it can't be compared"
     return row
 
 
-def _source_outputs(reading: Reading, check: Path, eager: Path | None, recipe: Recipe, folder: Path) -> list[Batch] | None:
+def _source_outputs(reading: Reading, check: Path, eager: Side | None, recipe: Recipe, folder: Path) -> list[Batch] | None:
     """What the source itself gives on the checking samples: torch eager, or the ONNX file as it came."""
     out = folder / "source-outputs"
-    with Worker("source") as worker:
-        if eager is not None:
-            model = str(reading.artifact.file(folder))
-            worker.call("open_eager", exported=str(eager), model=model, point=operating_point(recipe).to_json())
-            worker.call("predict", samples=str(check), out=str(out))
-        elif reading.format == "onnx" and not recipe.inputs:
-            path = Path(recipe.model.path)
-            path = path / "model.onnx" if path.is_dir() else path
+    if eager is not None:
+        eager.worker.call("predict", samples=str(check), out=str(out))
+    elif reading.format == "onnx" and not recipe.inputs:
+        path = Path(recipe.model.path)
+        path = path / "model.onnx" if path.is_dir() else path
+        with Worker("source") as worker:
             worker.call("reference", model=str(path), samples=str(check), out=str(out))
-        else:
-            return None
+    else:
+        return None
     return load_outputs(out)
 
 

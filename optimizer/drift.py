@@ -1,7 +1,7 @@
 """Drift: how far outputs moved between two models on the same samples, and whether a pass may move them that far.
 
-Per output: max|Δ| ≤ atol + rtol · RMS(before). Integers and booleans must be equal; NaN and infinities must stand in the
-same places.
+Per output: max|Δ| ≤ atol + rtol · RMS(before). Integers and booleans must be equal; NaN and infinities must stand in
+the same places.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +40,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._log: Any = None
+        self._turn = threading.Lock()
 
     def __enter__(self) -> Worker:
         return self
@@ -48,7 +51,16 @@ class Worker:
     def call(self, operation: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, **parameters: Any) -> dict[str, Any]:
         """Ask for one operation and wait for its answer.
 
-        Raises the error that the worker names, or BackendError where it crashed or did not answer in time."""
+        One question at a time; another thread waits for its turn. Raises the error that the worker names, or
+        BackendError where it crashed or did not answer in time."""
+        with self._turn:
+            return self._ask(operation, timeout_s, parameters)
+
+    def start(self) -> None:
+        """Start the process now. It ends with the thread that starts it, so start it where the run itself lives."""
+        self._started()
+
+    def _ask(self, operation: str, timeout_s: float, parameters: dict[str, Any]) -> dict[str, Any]:
         process = self._started()
         assert process.stdin is not None
         try:
@@ -84,18 +96,8 @@ class Worker:
                 self.on_progress(answer["progress"])
 
     def close(self) -> None:
-        """End the process; it gets a moment to go by itself."""
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        if process.stdin is not None and process.poll() is None:
-            try:
-                process.stdin.close()
-                process.wait(timeout=2)
-            except (OSError, subprocess.TimeoutExpired):
-                process.kill()
-        process.wait()
-        self._close_log()
+        """End the process. It holds nothing that isn't written, and runtimes take seconds to leave by themselves."""
+        self.kill()
 
     def kill(self) -> None:
         """End the process now."""
@@ -132,13 +134,15 @@ class Worker:
         return self._process
 
     def _died(self, operation: str) -> BackendError:
-        assert self._process is not None
+        process = self._process
+        if process is None:
+            return BackendError(f"{self.name}: the worker was closed during {operation}")
         try:
-            code = self._process.wait(timeout=10)
+            code = process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             # It closed its end and lives on.
-            self._process.kill()
-            code = self._process.wait()
+            process.kill()
+            code = process.wait()
         words = self._last_words()
         self._process = None
         self._close_log()
@@ -180,10 +184,11 @@ def _error_from(facts: dict[str, Any]) -> PerwattError:
 
 
 def workspace() -> tempfile.TemporaryDirectory[str]:
-    """A scratch folder for artifacts and samples of one run; gone when closed."""
-    return tempfile.TemporaryDirectory(prefix="perwatt-", ignore_cleanup_errors=True)
+    """A scratch folder for artifacts and samples of one run; gone when closed. Those of killed runs are swept."""
+    for left in Path(tempfile.gettempdir()).glob("perwatt-*"):
+        owner = re.match(r"perwatt-(\d+)-", left.name)
+        if owner and not Path(f"/proc/{owner[1]}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"perwatt-{os.getpid()}-", ignore_cleanup_errors=True)
 
 
-def path_text(path: Path | None) -> str | None:
-    """A path as JSON carries it."""
-    return None if path is None else str(path)

@@ -33,11 +33,11 @@ class Effort:
     window_s: float = 0.15
     warm_up_s: float = 0.3
     min_rounds: int = 12
-    max_s: float = 15.0
-    tight: float = 0.01
+    max_s: float = 12.0
+    tight: float = 0.015
 
 
-SCREENING = Effort(window_s=0.1, warm_up_s=0.15, min_rounds=6, max_s=3.0, tight=0.02)
+SCREENING = Effort(window_s=0.1, warm_up_s=0.15, min_rounds=6, max_s=2.5, tight=0.025)
 
 
 class Side:
@@ -54,6 +54,7 @@ class Side:
     def lowered(cls, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path, worker: Worker | None = None) -> Side:
         """Lower `artifact` in a worker of its own, or in `worker`, whose last program makes room for it."""
         side = cls(label, worker or Worker(label))
+        side.worker.start()
         try:
             side.facts = side.worker.call("open", target=target, model=str(artifact.file(folder)), point=asdict(point))
         except BaseException:
@@ -62,17 +63,18 @@ class Side:
         return side
 
     @classmethod
-    def eager(cls, exported: Path, artifact: Artifact, point: OperatingPoint, folder: Path) -> Side:
-        """Start a worker and run torch eager in it."""
+    def eager(
+        cls, exported: Path, artifact: Artifact, point: OperatingPoint, folder: Path
+    ) -> tuple[Side, Callable[[], None]]:
+        """Run torch eager in a worker; `open` loads the program, which takes a while and may be done meanwhile."""
         side = cls("torch eager", Worker("torch eager"))
-        try:
-            side.facts = side.worker.call(
-                "open_eager", exported=str(exported), model=str(artifact.file(folder)), point=asdict(point)
-            )
-        except BaseException:
-            side.close()
-            raise
-        return side
+        side.worker.start()
+        model = str(artifact.file(folder))
+
+        def opened() -> None:
+            side.facts = side.worker.call("open_eager", exported=str(exported), model=model, point=asdict(point))
+
+        return side, opened
 
     def prepare(self, samples: Path, warm_up_s: float) -> None:
         """Load the calls and warm up; a side that did so already is warm."""

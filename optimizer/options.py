@@ -35,7 +35,8 @@ def build_recipe(config: str | Path | None = None, **options: Any) -> Recipe:
     unknown = [name for name in options if name not in PLACES and name not in ("data", "passes", "inputs", "seed")]
     if unknown:
         raise InputError(nearest(unknown[0], [*PLACES, "data", "passes", "inputs", "seed", "config"], "option"))
-    plain = recipes.load(config) if config is not None else {}
+    # A section whose keys are all commented out is read as null: it is as good as not there.
+    plain = {name: v for name, v in recipes.load(config).items() if v is not None} if config is not None else {}
     given = {name: value for name, value in options.items() if value is not None and value not in ((), [], {})}
     edits = given.pop("passes", None)
     for name, value in given.items():
@@ -44,8 +45,12 @@ def build_recipe(config: str | Path | None = None, **options: Any) -> Recipe:
             _section(plain, section)[key] = _plain(name, value)
         elif name != "data":
             plain[name] = value
+    data = _section(plain, "data")
     if "data" in given:
-        _place_data(_section(plain, "data"), str(given["data"]))
+        _place_data(data, str(given["data"]))
+    elif "eval" in given and data.get("all"):
+        # What the recipe gave for everything is left with calibration.
+        data["calibrate"] = data.pop("all")
     if not isinstance(plain.get("model"), dict) or "path" not in plain["model"]:
         raise InputError("no model was given", fix="optimize MODEL …, or model: {path: …} in the recipe")
     recipe = recipes.parse(plain, str(config) if config is not None else "recipe")

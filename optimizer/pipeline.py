@@ -93,7 +93,11 @@ class Pipeline:
     def _verified(self, before: Artifact, made_by: Pass, row: Row) -> Artifact:
         # The pass gets a twin: what it breaks in there, by mistake or on its way to an error, is not what goes on.
         given = Artifact(
-            model=before.edit(), path=before.path, signature=before.signature, steps=before.steps, digest=before.digest()
+            model=before.edit(),
+            path=before.path,
+            signature=before.signature,
+            steps=before.steps,
+            digest=before.digest(),
         )
         digest = model_digest(given.model)
         reasons = list(made_by.requires(given, self.context))
@@ -123,7 +127,7 @@ class Pipeline:
 
     def _check(self, before: Artifact, after: Artifact) -> list[str]:
         found = self.proof.check(after)
-        # What the checker says of the input already, such as an operator that it does not know, is not this pass's doing.
+        # What the checker says of the input already, such as an operator unknown to it, is not this pass's doing.
         known = self.proof.check(before) if found else []
         return [problem for problem in found if problem not in known]
 

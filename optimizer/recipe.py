@@ -55,9 +55,7 @@ _TimeText = Annotated[str, Field(pattern=rf"^\s*{_NUMBER}\s*(ms|s|min|m|h)?\s*$"
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _ShareText = Annotated[str, Field(pattern=rf"^\s*{_NUMBER}\s*%?\s*$")]
 
-Seconds = Annotated[
-    float, Field(gt=0), BeforeValidator(parse_seconds, json_schema_input_type=_Positive | _TimeText)
-]
+Seconds = Annotated[float, Field(gt=0), BeforeValidator(parse_seconds, json_schema_input_type=_Positive | _TimeText)]
 Milliseconds = Annotated[
     float, Field(gt=0), BeforeValidator(parse_milliseconds, json_schema_input_type=_Positive | _TimeText)
 ]
@@ -149,7 +147,7 @@ def _step(entry: Any) -> Any:
     if isinstance(entry, PassStep | OneOf):
         return entry
     if isinstance(entry, dict) and len(entry) == 1:
-        (name, settings), = entry.items()
+        ((name, settings),) = entry.items()
         if name == "one-of":
             return OneOf(steps=_alternatives(settings))
         if isinstance(name, str) and isinstance(settings, dict | None):
@@ -215,8 +213,8 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     keys = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        known = _known_keys(keys[:-1])
-        return nearest(keys[-1], known, f"key in {'.'.join(keys[:-1]) or 'the recipe'}") if known else f"unknown key {keys[-1]}"
+        known, section = _known_keys(keys[:-1]), ".".join(keys[:-1]) or "the recipe"
+        return nearest(keys[-1], known, f"key in {section}") if known else f"unknown key {keys[-1]}"
     if len(keys) > 2 and re.fullmatch(r"int|float|list\[\w+\]", keys[-1]):
         keys.pop()  # which of several allowed types: none of the person's words
     message = first["msg"].removeprefix("Value error, ")

@@ -50,15 +50,19 @@ class Reference:
         try:
             return dict(zip(self.outputs, self.session.run(self.outputs, batch), strict=True))
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed on {inferences(self.signature, batch)} samples: {_words(error)}") from error
+            count = inferences(self.signature, batch)
+            raise BackendError(f"ONNX Runtime failed on {count} samples: {_words(error)}") from error
 
 
 def _with_taps(artifact: Artifact, folder: Path, taps: Sequence[str]) -> Path:
     """A copy of the model in which the values named by `taps` are outputs too."""
     model = artifact.edit()
     values = {value.name: value for node in model.graph for value in node.outputs}
+    unknown = [name for name in taps if name not in values]
+    if unknown:
+        raise BackendError(f"the graph computes no value {unknown[0]!r} to look at")
     present = {value.name for value in model.graph.outputs}
-    model.graph.outputs.extend(values[name] for name in taps if name not in present)
+    model.graph.outputs.extend(values[name] for name in dict.fromkeys(taps) if name not in present)
     return artifact.after(model, artifact.steps[-1] if artifact.steps else _tap_step()).file(folder)
 
 

@@ -77,7 +77,7 @@ def target(name: str) -> Target:
 
 
 def _settings_model(cls: type[Pass]) -> Any:
-    """A strict pydantic model with the settings of `cls`: what its dataclass fields are called, may be and default to."""
+    """A strict pydantic model of the settings of `cls`: what its dataclass fields are called, may be and default to."""
     from pydantic import ConfigDict, create_model
 
     hints = get_type_hints(cls)
@@ -111,8 +111,9 @@ def bind(step: PassStep) -> Pass:
         if first["type"] != "extra_forbidden":
             raise InputError(f"{step.name}.{key}: {first['msg']}") from None
         known = list(model.model_fields)
-        message = nearest(key, known, f"setting of {step.name}") if known else f"{step.name} has no settings, {key!r} was given"
-        raise InputError(message) from None
+        if not known:
+            raise InputError(f"{step.name} has no settings, {key!r} was given") from None
+        raise InputError(nearest(key, known, f"setting of {step.name}")) from None
     return cls(**{name: getattr(checked, name) for name in step.settings})
 
 
@@ -149,7 +150,8 @@ def _ordered(classes: dict[str, type[Pass]]) -> list[str]:
 
 
 def edit_steps(steps: Sequence[PassStep | OneOf], edits: str) -> list[PassStep | OneOf]:
-    """`+name` adds a pass where its stage belongs, `-name` takes one out, comma-separated; a plain list replaces all."""
+    """`+name` adds a pass where its stage belongs (one that is there stays as it is), `-name` takes one out,
+    comma-separated; a plain list replaces all."""
     parts = [part.strip() for part in edits.split(",") if part.strip()]
     if not any(part[0] in "+-" for part in parts):
         for part in parts:
@@ -209,12 +211,9 @@ def recipe_schema() -> dict[str, Any]:
         settings[name] = {"anyOf": [entry, {"type": "null"}]}
     for gone in ("PassStep", "OneOf"):
         schema["$defs"].pop(gone, None)
-    schema["$defs"]["step"] = {
-        "anyOf": [
-            {"enum": names("passes")},
-            {"type": "object", "properties": settings, "additionalProperties": False, "minProperties": 1, "maxProperties": 1},
-        ]
-    }
+    one = {"type": "object", "properties": settings, "additionalProperties": False}
+    one |= {"minProperties": 1, "maxProperties": 1}
+    schema["$defs"]["step"] = {"anyOf": [{"enum": names("passes")}, one]}
     one_of = {
         "type": "object",
         "properties": {"one-of": {"type": "array", "items": {"$ref": "#/$defs/step"}, "minItems": 1}},

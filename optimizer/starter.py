@@ -20,22 +20,33 @@ def starter(path: Path, arch: str | None, inputs: list[str], trust: bool) -> str
     found: Any = None
     try:
         found = read(path, arch=arch, input=inputs, trust=trust)
-        facts = f"{found.format}; inputs {', '.join(str(s) for s in found.artifact.signature.inputs)}; outputs " \
-                f"{', '.join(str(s) for s in found.artifact.signature.outputs)}"  # fmt: skip
+        signature = found.artifact.signature
+        inputs_, outputs = (", ".join(map(str, specs)) for specs in (signature.inputs, signature.outputs))
+        facts = f"{found.format}; inputs {inputs_}; outputs {outputs}"
     except InputError as error:
         if "--input" not in str(error):
             raise
-        facts = f"not read yet: {error}"
+        facts = f"not read yet: {' '.join(str(error).split())}"
     text = found is not None and found.tokenizer is not None
     picture = found is not None and any(s.shape and len(s.shape) == 4 for s in found.artifact.signature.inputs)
-    model = yaml.safe_dump({"model": {"path": str(path), **({"arch": arch} if arch else {}), **({"input": inputs} if inputs else {}),
-                                      **({"trust": True} if trust else {})}}, sort_keys=False, allow_unicode=True)  # fmt: skip
+    section: dict[str, Any] = {"path": str(path)}
+    if arch:
+        section["arch"] = arch
+    if inputs:
+        section["input"] = inputs
+    if trust:
+        section["trust"] = True
+    model = yaml.safe_dump({"model": section}, sort_keys=False, allow_unicode=True)
     return "\n".join(
         [
             "# yaml-language-server: $schema=recipe.schema.json   (optimize schema recipe > recipe.schema.json)",
             f"# {path.name}: {facts}",
             model.rstrip(),
-            *([] if arch else ['  # arch: net.py:build          # for weights alone: the callable that builds the network']),
+            *(
+                []
+                if arch
+                else ["  # arch: net.py:build          # for weights alone: the callable that builds the network"]
+            ),
             "",
             *_data_lines(text, picture),
             "",
@@ -62,7 +73,11 @@ def _data_lines(text: bool, picture: bool) -> list[str]:
     lines = ["# Without data nothing lossy is shipped. About 100 samples are enough to calibrate.", "data: {}"]
     example = {
         "text": ["#   all: reviews.csv", "#   text: sentence", "#   label: label"],
-        "picture": ["#   all: val/                 # one subfolder for each class, or an .npz", "#   image: 224", "#   normalize: imagenet"],
+        "picture": [
+            "#   all: val/                 # one subfolder for each class, or an .npz",
+            "#   image: 224",
+            "#   normalize: imagenet",
+        ],
         "array": ["#   all: samples.npz          # one array for each input, and labels"],
     }["text" if text else "picture" if picture else "array"]
     return [*lines, "# data:", *example, "#   # or apart: calibrate: train/, eval: val/"]
@@ -72,7 +87,10 @@ def _pass_lines() -> list[str]:
     lines = []
     for step in registry.default_steps():
         if isinstance(step, OneOf):
-            lines += ["# - one-of:                   # the measured best wins", *(f"#   - {s.name}" for s in step.steps)]
+            lines += [
+                "# - one-of:                   # the measured best wins",
+                *(f"#   - {s.name}" for s in step.steps),
+            ]
         else:
             lines.append(f"# - {step.name}")
     return lines

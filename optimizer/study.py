@@ -26,7 +26,7 @@ from perwatt.recipe import Budget, OneOf, PassStep
 from perwatt.signature import Batch
 from perwatt.worker import load_outputs
 
-FINAL_TRIES = 3
+FINAL_TRIES = 2
 CLEARLY_WORSE = 1.1
 """A floating precision that costs the original more than this is not tried on other graphs."""
 
@@ -59,7 +59,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """What a person would call it: `quantize-int8, rest in bf16`."""
-        lossy = [row.name for row in self.branch.rows if row.status == "applied" and row.measured is not None]
+        lossy = [name for name in self.branch.applied() if registry.pass_class(name).tolerance is None]
         changed = self.branch.applied()
         graph = ", ".join(lossy) or ("cleaned graph" if changed else "original graph")
         return f"{graph}, floating point in {self.point.floating_precision or 'the default'}"
@@ -140,7 +140,7 @@ class Study:
         evaluation: Evaluation | None,
         max_drop: float,
         folder: Path,
-        eager: Path | None,
+        eager: Side | None,
         effort: Effort,
         progress: Callable[[float, str], None],
     ) -> None:
@@ -153,8 +153,9 @@ class Study:
 
     # Judging ----------------------------------------------------------------------------------------------------
 
-    def _too_much(self, comparison: metrics.Comparison) -> bool:
-        worst = comparison.high if self.budget.prove_accuracy else comparison.drop
+    def _too_much(self, comparison: metrics.Comparison, *, final: bool = False) -> bool:
+        # The bound is asked of what is to be shipped, on all samples: on the few of screening it would reject everything.
+        worst = comparison.high if final and self.budget.prove_accuracy else comparison.drop
         # Half a sample of a billion: what rounding leaves of a difference that is exactly the budget.
         return worst > self.max_drop + 1e-9
 
@@ -171,6 +172,10 @@ class Study:
 
     # Screening --------------------------------------------------------------------------------------------------
 
+    def _hopeless(self, cost: Ratio) -> bool:
+        """Whether the interval already excludes the least gain."""
+        return cost.low is not None and cost.low > 1 / (1 + self.budget.min_gain)
+
     def _open(self, label: str, candidate: Candidate, worker: Worker | None = None) -> Side:
         return Side.lowered(label, self.target, candidate.branch.artifact, candidate.point, self.folder, worker)
 
@@ -186,7 +191,7 @@ class Study:
                 comparison = self._judge(candidate, side, self.select)
                 if self._too_much(comparison):
                     candidate.verdict, candidate.reason = "rejected", self._drop_text(comparison, self.select)
-            interleave([baseline, side], self.timing, SCREENING)
+            interleave([baseline, side], self.timing, SCREENING, hopeless=self._hopeless)
             candidate.ratios = ratios(side, baseline)
             candidate.p99_ms = _p99(side)
         except BackendError as error:
@@ -274,13 +279,18 @@ class Study:
         tried: dict[str, Side] | None = None
         for number, candidate in enumerate(hopeful[:FINAL_TRIES]):
             if tried is not None:
-                _close(tried)
+                self._close(tried)
             self.progress(0.6 + 0.1 * number, f"measuring {candidate.name}")
-            sides = self._sides(baseline, candidate, self.effort if number == 0 else replace(self.effort, max_s=self.effort.max_s / 2))
+            effort = self.effort if number == 0 else replace(self.effort, max_s=self.effort.max_s / 2)
+            try:
+                sides = self._sides(baseline, candidate, effort)
+            except BackendError as error:
+                candidate.verdict, candidate.reason, tried = "rejected", str(error), None
+                continue
             try:
                 problem, comparison, score = self._confirm(candidate, sides)
             except BaseException:
-                _close(sides)
+                self._close(sides)
                 raise
             if problem is None:
                 candidate.verdict = "shipped"
@@ -295,27 +305,32 @@ class Study:
         sides: dict[str, Side] = {}
         try:
             sides["original"] = self._open("original", baseline)
-            if winner is not baseline:
-                if winner.point != baseline.point:
-                    at_point = Candidate(baseline.branch, winner.point)
-                    sides["original at the same point"] = self._open("original at the same point", at_point)
+            if winner is not baseline and winner.point != baseline.point:
+                at_point = Candidate(baseline.branch, winner.point)
+                sides["original at the same point"] = self._open("original at the same point", at_point)
             if self.eager is not None:
                 try:
-                    sides["torch eager"] = Side.eager(self.eager, self.source, self.point, self.folder)
-                    sides["torch eager"].prepare(self.timing, 0.0)
+                    self.eager.prepare(self.timing, 0.0)
+                    sides["torch eager"] = self.eager
                 except BackendError as error:
-                    sides.pop("torch eager", None)
+                    self.eager = None
                     self.notes.append(f"torch eager could not be measured: {error}")
             if winner is not baseline:
                 sides["optimized"] = self._open("optimized", winner)
             interleave(
                 list(sides.values()), self.timing, effort, lambda share: self.progress(0.6 + 0.35 * share, "measuring"),
-                lambda ratio: ratio.low is not None and ratio.low > 1 / (1 + self.budget.min_gain),
+                self._hopeless,
             )  # fmt: skip
         except BaseException:
-            _close(sides)
+            self._close(sides)
             raise
         return sides
+
+    def _close(self, sides: dict[str, Side]) -> None:
+        """End these workers; torch eager's goes on to the next comparison, and its owner closes it."""
+        for side in sides.values():
+            if side is not self.eager:
+                side.close()
 
     def _confirm(self, candidate: Candidate, sides: dict[str, Side]) -> tuple[str | None, metrics.Comparison | None, metrics.Score | None]:
         """Why this candidate is not shipped after all (None where it is), with its accuracy on all evaluation samples."""
@@ -331,7 +346,7 @@ class Study:
             return None, None, None
         comparison, score = self._evaluate(side)
         candidate.drop = comparison
-        if self._too_much(comparison):
+        if self._too_much(comparison, final=True):
             return self._drop_text(comparison, self.evaluation), comparison, score
         return None, comparison, score
 
@@ -378,7 +393,8 @@ class Study:
         p99 = _p99(side)
         if self.budget.p99_ms is not None and p99 is not None and p99 > self.budget.p99_ms:
             return f"p99 latency is {p99:.2f} ms, {p99 - self.budget.p99_ms:.2f} ms over the {self.budget.p99_ms:g} ms allowed"
-        if result.comparison is not None and self._too_much(result.comparison) and self.evaluation is not None:
+        changed = result.winner is not result.baseline
+        if result.comparison is not None and self._too_much(result.comparison, final=changed) and self.evaluation is not None:
             return self._drop_text(result.comparison, self.evaluation)
         return None
 
@@ -487,13 +503,3 @@ def _p99(side: Side) -> float | None:
     from perwatt.bench.statistics import percentile
 
     return percentile([latency for window in side.windows for latency in window.latencies_ms], 0.99)
-
-
-def _close(sides: dict[str, Side]) -> None:
-    for side in sides.values():
-        side.close()
-
-
-def helper() -> Worker:
-    """The worker for checks, references and isolated passes."""
-    return Worker("checks")

@@ -1,16 +1,16 @@
 """The worker: `python -m perwatt.worker`. Whatever may crash, hang or disturb a measurement runs here.
 
-Reads one JSON object a line, {"operation", "parameters"}, and answers {"result"} or {"error"}; models and samples come as
-paths, never as pickles. A watchdog ends the process when its parent is gone or its memory limit is passed. Timing happens
-here, right beside the backend.
+Reads one JSON object a line, {"operation", "parameters"}, and answers {"result"} or {"error"}; models and samples come
+as paths, never as pickles. A watchdog ends the process when its parent is gone or its memory limit is passed. Timing
+happens here, right beside the backend.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from perwatt.artifact import Artifact
+from perwatt.bundle import no_room
 from perwatt.contract import Capabilities, Context, OperatingPoint, Program, QuantizationStyle, as_calls, cpu_seconds
 from perwatt.data import Samples
-from perwatt.errors import BackendError, PerwattError
+from perwatt.errors import BackendError, InputError, PerwattError
 from perwatt.signature import Batch
 
 WATCH_S = 0.5
@@ -40,6 +41,7 @@ class Session:
     def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
         self.say = say
         self.program: Program | None = None
+        self.model: Path | None = None
         self.calls: list[Batch] = []
         self.meter: Any = None
 
@@ -63,11 +65,15 @@ class Session:
         try:
             converted = version_converter.convert_version(onnx.load(model), opset)
         except Exception as error:
-            raise BackendError(f"onnx can't convert this model to opset {opset}: {' '.join(str(error).split())[:200]}") from error
+            raise BackendError(
+                f"onnx can't convert this model to opset {opset}: {' '.join(str(error).split())[:200]}"
+            ) from error
         onnx.save(converted, out)
         return {"model": out}
 
-    def reference(self, model: str, samples: str, out: str, taps: Sequence[str] = (), optimized: bool = False) -> dict[str, Any]:
+    def reference(
+        self, model: str, samples: str, out: str, taps: Sequence[str] = (), optimized: bool = False
+    ) -> dict[str, Any]:
         """Outputs of the numeric reference, one `.npz` for each batch."""
         from perwatt.reference import Reference
 
@@ -99,6 +105,14 @@ class Session:
 
     # Targets ----------------------------------------------------------------------------------------------------
 
+    def warm(self) -> dict[str, Any]:
+        """Import what checks and passes will need, while the caller does something else."""
+        import nncf  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript.optimizer  # noqa: F401
+
+        return {}
+
     def target(self, name: str) -> dict[str, Any]:
         """What a target says of itself here."""
         from perwatt import registry
@@ -113,6 +127,7 @@ class Session:
         """Lower `model`; the program stays open in this worker."""
         from perwatt import registry
 
+        self.program, self.model = None, Path(model)
         self.program = registry.target(target).lower(Artifact.load(model), OperatingPoint(**point))
         return self.program.facts()
 
@@ -165,7 +180,15 @@ class Session:
         """What is deployed, written into `folder`."""
         where = Path(folder)
         where.mkdir(parents=True, exist_ok=True)
-        return {"files": [str(path) for path in self._program().save(where)]}
+        program = self._program()
+        try:
+            return {"files": [str(path) for path in program.save(where)]}
+        except Exception as error:
+            # Backends tell of a full disk each in its own way: C++ streams don't say it at all.
+            needed = self.model.stat().st_size if self.model is not None else 0
+            if shutil.disk_usage(where).free < 2 * needed:
+                raise InputError(f"no room on the disk that holds {where.parent}", fix="free some") from error
+            raise
 
     def memory(self) -> dict[str, Any]:
         """The highest resident memory of this process so far, in bytes (None where the system doesn't say)."""
@@ -264,7 +287,7 @@ def _quiet() -> None:
 
 
 def _disk_error(operation: str, error: OSError) -> dict[str, Any]:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if no_room(error):
         where = f" that holds {Path(error.filename).parent}" if error.filename else ""
         return {"type": "InputError", "message": f"no room on the disk{where}", "fix": "free some"}
     return {"type": "BackendError", "message": f"{operation} failed: {type(error).__name__}: {error}"}

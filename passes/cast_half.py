@@ -1,8 +1,9 @@
 """Carry floating point in bfloat16: weights are stored and arithmetic is done in half the bits.
 
 bfloat16 keeps the exponent of float32 and 8 bits of the mantissa, so its range is the same (the last 0.4 % below the
-largest float32 is cut off, where masks like to live); what it loses is precision, two to three decimal digits remain. It pays where the hardware has bfloat16 matrix units
-(`Capabilities.half_types`), and halves the file everywhere. It doesn't pay where the backend converts back.
+largest float32 is cut off, where masks like to live); what it loses is precision, two to three decimal digits remain.
+It pays where the hardware has bfloat16 matrix units (`Capabilities.half_types`), and halves the file everywhere. It
+doesn't pay where the backend converts back.
 
     x:f32 → Conv(W:f32) → y:f32      becomes      x:f32 → Cast(bf16) → Conv(W:bf16) → Cast(f32) → y:f32
 
@@ -17,6 +18,9 @@ from typing import Any, ClassVar
 
 from perwatt.artifact import Artifact, graphs_of
 from perwatt.contract import Context, Pass, Stage, Tolerance
+
+LARGEST = (2 - 2**-7) * 2.0**127
+"""The largest bfloat16: eight bits of ones."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,7 @@ def _half(tensor: Any) -> Any:
 
     array = tensor.numpy()
     # Beyond the largest bfloat16 rounding gives infinity, and a mask's 0 · (−largest float32) would become NaN.
-    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-    array = np.where(np.isfinite(array), np.clip(array, -largest, largest), array)
+    array = np.where(np.isfinite(array), np.clip(array, -LARGEST, LARGEST), array)
     return ir.Tensor(array.astype(ml_dtypes.bfloat16), dtype=ir.DataType.BFLOAT16, name=tensor.name)
 
 
@@ -111,7 +114,8 @@ def _weights_to_half(graph: Any) -> int:
             count += 1
     for node in graph:
         attribute = node.attributes.get("value")
-        if node.op_type in ("Constant", "ConstantOfShape") and attribute is not None and attribute.type.name == "TENSOR":
+        holds = node.op_type in ("Constant", "ConstantOfShape")
+        if holds and attribute is not None and attribute.type.name == "TENSOR":
             if _is_float(attribute.value.dtype):
                 node.attributes["value"] = ir.AttrTensor("value", _half(attribute.value))
                 count += node.op_type == "Constant"

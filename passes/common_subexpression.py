@@ -8,7 +8,7 @@ Shared weights make the file smaller; a computation done once is time saved. Lea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from perwatt.artifact import Artifact
 from perwatt.contract import Context, Pass, Stage, Tolerance
@@ -31,5 +31,14 @@ class CommonSubexpression(Pass):
         before = len(model.graph.initializers)
         common.DeduplicateHashedInitializersPass()(model)
         common.CommonSubexpressionEliminationPass()(model)
+        _straighten(model.graph)
         merged = before - len(model.graph.initializers)
         return count_changes(self, artifact, model, [f"{merged} duplicate weights merged"] if merged else [])
+
+
+def _straighten(graph: Any) -> None:
+    """Identities that give equal outputs their names are equal too, and were chained: each copies the origin again."""
+    for node in graph:
+        if node.op_type == "Identity" and node.domain == "":
+            while (source := node.inputs[0].producer()) is not None and source.op_type == "Identity":
+                node.replace_input_with(0, source.inputs[0])

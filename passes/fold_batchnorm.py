@@ -86,7 +86,7 @@ def fold(graph: Any, norm: Any) -> None:
     values = []
     for part, array in (("weight", new_weight), ("bias", new_bias)):
         name = _unused_name(graph, f"{product.outputs[0].name}_{part}")
-        value = ir.Value(name=name, const_value=ir.tensor(array.astype(weight.dtype), name=name))
+        value: Any = ir.Value(name=name, const_value=ir.tensor(array.astype(weight.dtype), name=name))
         value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
         graph.register_initializer(value)
         values.append(value)

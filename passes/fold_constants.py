@@ -38,4 +38,7 @@ class FoldConstants(Pass):
         model = artifact.edit()
         fold_constants(model, input_size_limit=8192, output_size_limit=self.output_size_limit)
         common.RemoveUnusedNodesPass()(model)
+        # The folder carries what it knows of an output back to the input; what can be fed is not its business.
+        for value, original in zip(model.graph.inputs, artifact.model.graph.inputs, strict=True):
+            value.shape = original.shape.copy() if original.shape is not None else None
         return count_changes(self, artifact, model)

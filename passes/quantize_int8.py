@@ -1,9 +1,9 @@
 """Quantize convolutions and matrix products to 8-bit integers, with scales found on calibration samples.
 
 Weights get one symmetric scale a channel, activations one a tensor; both stand in the graph as QuantizeLinear and
-DequantizeLinear pairs, so what the file says is what runs. A quarter of the weight bytes, and integer matrix units where
-the hardware has them. It doesn't pay on small layers, where the conversions at the borders cost more than the product
-saves: that is why it is measured before it is shipped.
+DequantizeLinear pairs, so what the file says is what runs. A quarter of the weight bytes, and integer matrix units
+where the hardware has them. It doesn't pay on small layers, where the conversions at the borders cost more than the
+product saves: that is why it is measured before it is shipped.
 
     Conv(x, W)        becomes        Conv(DQ(Q(x)), DQ(W:int8))
 

@@ -33,7 +33,7 @@ class RemoveDead(Pass):
         for graph in graphs_of(model):
             _drop_identities(graph)
         common.RemoveUnusedNodesPass()(model)
-        common.RemoveUnusedFunctionsPass()(model)
+        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass()(model)
         gone = unused_before - len(model.graph.initializers)
         return count_changes(self, artifact, model, [f"{gone} unused weights removed"] if gone else [])

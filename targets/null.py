@@ -79,4 +79,9 @@ class NullProgram(Program):
         return [Path(shutil.copy(self.path, folder / "model.onnx"))]
 
     def facts(self) -> dict[str, Any]:
-        return {"backend": "null", "device": "scripted", "execution_precision": "f32", "operating_point": self.point.to_json()}
+        return {
+            "backend": "null",
+            "device": "scripted",
+            "execution_precision": "f32",
+            "operating_point": self.point.to_json(),
+        }

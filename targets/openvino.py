@@ -204,7 +204,7 @@ class OpenVINOProgram(Program):
 
 
 def batch_size(signature: Signature, point: OperatingPoint) -> int | None:
-    """How many items one call takes: the point's batch, the model's own where it is fixed, None without a batch axis."""
+    """Items in one call: the point's batch, the model's own where that is fixed, None without a batch axis."""
     if signature.batch is None:
         return None
     return signature.batch if isinstance(signature.batch, int) else point.batch
@@ -237,7 +237,8 @@ def _default_precision() -> str:
 @cache
 def cpu_isa() -> tuple[str, ...]:
     """The instruction sets that decide what pays, as Linux names them."""
-    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "i8mm")
+    vector = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "asimd", "i8mm")
+    known = (*vector, "amx_tile", "amx_int8", "amx_bf16")
     try:
         flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text()))
     except OSError:

@@ -36,7 +36,7 @@ def node(operator, inputs, outputs, **attributes):
 
 
 def value(spec):
-    """`x:float32[batch,3]` to a typed value; without brackets the rank is unknown, `?` is a dynamic axis without a name."""
+    """`x:float32[batch,3]` to a typed value; without brackets the rank is unknown, `?` is an axis without a name."""
     name, dtype, dims = re.fullmatch(r"(\w+):(\w+)(?:\[(.*)\])?", spec).groups()
     kind = onnx.TensorProto.BFLOAT16 if dtype == "bfloat16" else helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     shape = None if dims is None else [int(d) if d.isdigit() else None if d == "?" else d for d in dims.split(",") if d]
@@ -71,11 +71,11 @@ def normalization(name, channels, seed=0):
 def norm_node(name, source, out, **attributes):
     """The batch normalization that goes with `normalization(name, …)`."""
     inputs = f"{source} {name}_gamma {name}_beta {name}_mean {name}_var"
-    return node("BatchNormalization", inputs, out, name=f"/{name}", **attributes)
+    return node("BatchNormalization", inputs, out, name=f"/{out.split()[0]}", **attributes)
 
 
 def conv_net(batch="batch", width=8, side=8, seed=0):
-    """Two convolutions with batch normalizations, pooling, a linear layer: x:float32[batch,3,8,8] to y:float32[batch,5]."""
+    """Two convolutions with batch normalizations, pooling, linear: x:float32[batch,3,8,8] to y:float32[batch,5]."""
     nodes = [
         node("Conv", "x w1", "c1", name="/layer1/conv", pads=[1] * 4),
         norm_node("bn1", "c1", "n1"),
@@ -88,7 +88,8 @@ def conv_net(batch="batch", width=8, side=8, seed=0):
         node("Gemm", "f w3 b3", "y", name="/head"),
     ]
     weights = {
-        "w1": weight(width, 3, 3, 3, seed=seed), "w2": weight(width, width, 3, 3, seed=seed), "b2": weight(width, seed=seed),
+        "w1": weight(width, 3, 3, 3, seed=seed),
+        "w2": weight(width, width, 3, 3, seed=seed), "b2": weight(width, seed=seed),
         "w3": weight(width, 5, seed=seed), "b3": weight(5, seed=seed),
         **normalization("bn1", width, seed), **normalization("bn2", width, seed + 9),
     }  # fmt: skip
@@ -122,12 +123,15 @@ def transformer(words=11, width=8):
         node("MatMul", "o w", "y", name="/out"),
     ]
     weights = {
-        "table": weight(words, width), "scale": 1 + weight(width), "shift": weight(width, seed=1), "wq": weight(width, width),
+        "table": weight(words, width), "wq": weight(width, width),
+        "scale": 1 + weight(width), "shift": weight(width, seed=1),
         "w": weight(width, 4), "one": np.int64([1]), "unit": np.float32(1), "lowest": np.finfo(np.float32).min,
     }  # fmt: skip
     wide = " ".join(f"{name}:float32[batch,words,{width}]" for name in ("e", "l", "q", "o"))
     square = " ".join(f"{name}:float32[batch,words,words]" for name in ("s", "s2", "a"))
-    inner = f"{wide} {square} k:float32[batch,{width},words] " + " ".join(f"m{i}:float32[batch,1,words]" for i in (1, 2, 3))
+    inner = f"{wide} {square} k:float32[batch,{width},words] " + " ".join(
+        f"m{i}:float32[batch,1,words]" for i in (1, 2, 3)
+    )
     inputs = "ids:int64[batch,words] mask:float32[batch,words]"
     return build(nodes, inputs, "y:float32[batch,words,4]", weights, inner=inner)
 
@@ -156,6 +160,7 @@ def no_batch():
 
 def control_flow():
     """y = x + 1 where the sum of x is positive, else x · w, by an If whose branches use outer values and a weight."""
+
     def branch(name, *nodes, weights=()):
         return helper.make_graph(list(nodes), name, [], [value("out:float32[batch,4]")], list(weights))
 
@@ -174,7 +179,9 @@ def feed(artifact, items=3, seed=0, **sizes):
     random = np.random.default_rng(seed)
     batch = {}
     for spec in artifact.signature.inputs:
-        shape = [d if isinstance(d, int) else sizes.get(d, items if axis == 0 else 5) for axis, d in enumerate(spec.shape)]
+        shape = [
+            d if isinstance(d, int) else sizes.get(d, items if axis == 0 else 5) for axis, d in enumerate(spec.shape)
+        ]
         whole = np.issubdtype(np.dtype(spec.dtype), np.integer)
         batch[spec.name] = random.integers(0, 5, shape) if whole else random.standard_normal(shape).astype(spec.dtype)
     if "mask" in batch:
@@ -209,7 +216,7 @@ def context(samples=None, half=("bfloat16",), styles=(SYMMETRIC,), seed=0):
 
 
 def printed(artifact):
-    """The graph as text, one line a node: types and shapes of inputs, outputs and weights, attributes, no weight values."""
+    """The graph as text, one line a node: types and shapes, attributes, the names of weights but not their values."""
     return "\n".join(_lines(artifact.model.graph)) + "\n"
 
 
@@ -217,7 +224,8 @@ def _lines(graph, indent=""):
     def typed(value):
         tensor = value.const_value
         dtype, shape = (tensor.dtype, tensor.shape) if tensor is not None else (value.dtype, value.shape)
-        return f"{value.name}:{'?' if dtype is None else dtype.name.lower()}{'' if shape is None else str(shape).replace(' ', '')}"
+        kind = "?" if dtype is None else dtype.name.lower()
+        return f"{value.name}:{kind}{'' if shape is None else str(shape).replace(' ', '')}"
 
     yield f"{indent}inputs   {', '.join(typed(v) for v in graph.inputs)}"
     for initializer in sorted(graph.initializers.values(), key=lambda v: v.name):
@@ -269,5 +277,7 @@ def run_twice(made_by, artifact, given=None):
     onnx.checker.check_model(ir.to_proto(after.model), full_check=True)
     assert after.steps[-1].name == made_by.name() and list(after.steps[-1].changes) == changes
     again, _ = made_by.run(after, given)
-    assert again.digest() == after.digest(), f"a second run changed the model again:\n{printed(after)}\n{printed(again)}"
+    assert again.digest() == after.digest(), (
+        f"a second run changed the model again:\n{printed(after)}\n{printed(again)}"
+    )
     return after, changes

@@ -18,22 +18,27 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("PERWATT_DATA", ROOT.parent / "shared" / "data"))
-NETS = ROOT / "tests" / "nets.py"
 FORMATS = ("torchscript", "torch-export", "checkpoint", "pickled-module", "safetensors", "onnx")
+
+
+def enter(folder: Path) -> None:
+    """Work in `folder`, with the networks' source beside the models: what a person who trains them would have."""
+    shutil.copy(ROOT / "tests" / "nets.py", folder / "nets.py")
+    sys.path.insert(0, str(folder))
+    os.chdir(folder)
 
 
 def resnet(depth: int, form: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The CIFAR-10 ResNet of that depth in that format, made where it isn't there: (file, options for `optimize`)."""
     source = DATA / "cifar10_resnet"
-    by_arch = {"arch": f"{NETS}:resnet{depth}"}
-    types = {"input": ["input:float32[batch,3,32,32]"]}
+    by_arch = {"arch": f"nets.py:resnet{depth}"}
     if form == "onnx":
         return source / f"resnet{depth}.onnx", {}
     if form == "safetensors":
-        return source / f"resnet{depth}.safetensors", {**by_arch, **types}
+        return source / f"resnet{depth}.safetensors", by_arch
     if form == "checkpoint":
         found = next(iter(source.glob(f"resnet{depth}-*.th")), None)
-        return found or _checkpoint(depth, folder), {**by_arch, **types}
+        return found or _checkpoint(depth, folder), by_arch
     if form == "torchscript" and (source / f"resnet{depth}_torchscript.pt").exists():
         return source / f"resnet{depth}_torchscript.pt", {}
     if form == "torch-export" and (source / f"resnet{depth}.pt2").exists():
@@ -45,7 +50,6 @@ def network(depth: int) -> Any:
     """The trained network as a torch module, in eval mode."""
     from safetensors.torch import load_file
 
-    sys.path.insert(0, str(NETS.parent))
     import nets
 
     net = getattr(nets, f"resnet{depth}")()
@@ -76,7 +80,7 @@ def _made(depth: int, form: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         torch.export.save(program, path)
         return path, {}
     torch.save(net, path)
-    return path, {"trust": True, "input": ["input:float32[batch,3,32,32]"]}
+    return path, {"trust": True}
 
 
 def cifar() -> dict[str, Any]:

@@ -89,7 +89,7 @@ def read_case(model: Path, options: dict[str, Any]) -> dict[str, Any]:
 
     if "resnet" not in model.name or "resnet8" in model.name:
         return {}
-    reading = perwatt.read(model, **{k: v for k, v in options.items() if k in ("arch", "input", "trust", "normalize", "data", "eval")})
+    reading = perwatt.read(model, **{k: v for k, v in options.items() if k in ("arch", "trust", "normalize", "data", "eval")})
     counts = reading.artifact.operator_counts()
     with tempfile.TemporaryDirectory() as folder:
         session = onnxruntime.InferenceSession(str(reading.artifact.save(Path(folder) / "m.onnx")), providers=["CPUExecutionProvider"])
@@ -160,6 +160,7 @@ def main() -> None:
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        models.enter(folder)
         for name, (model, chosen) in cases(folder).items():
             if options.cases and not any(name.startswith(prefix) for prefix in options.cases):
                 continue

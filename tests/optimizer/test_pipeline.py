@@ -87,7 +87,9 @@ class Bench:
         self.references: list[str] = []
         self.source = Artifact(model=ir.from_proto(conv_net()))
         self.batches = [{"x": images(6)}]
-        self.run_isolated: Callable[[Pass, Artifact], tuple[Artifact, list[str]]] = lambda made_by, a: made_by.run(a, self.context)
+        self.run_isolated: Callable[[Pass, Artifact], tuple[Artifact, list[str]]] = lambda made_by, a: made_by.run(
+            a, self.context
+        )
         self.context = Context(
             samples=lambda role: pytest.fail("no pass here asks for samples"),
             capabilities=Capabilities(),

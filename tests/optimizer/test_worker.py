@@ -18,7 +18,7 @@ from perwatt.errors import BackendError, InputError, PassError, TargetError, Unt
 from perwatt.isolation import Worker
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import environment, gone, package, until, workers_of
+from runs import environment, gone, package, workers_of
 
 MISBEHAVING = '''
     """A target that does what the environment says when it is asked what is missing."""
@@ -146,7 +146,9 @@ def test_a_hang_ends_with_the_timeout_and_leaves_no_process(ask, worker: Worker)
 
 
 def test_a_process_that_takes_more_memory_than_it_may_is_stopped_and_says_how_much(ask) -> None:
-    with pytest.raises(BackendError, match=r"exit code 137 during target: out of memory: [\d.]+ GB used, 0.4 GB allowed"):
+    with pytest.raises(
+        BackendError, match=r"exit code 137 during target: out of memory: [\d.]+ GB used, 0.4 GB allowed"
+    ):
         ask("swell", memory_limit_bytes=400_000_000)
 
 
@@ -160,7 +162,7 @@ def test_errors_raised_on_purpose_keep_their_name_their_words_and_their_exit_cod
 
 
 def test_any_other_exception_is_a_backend_error_in_one_line(ask) -> None:
-    with pytest.raises(BackendError, match="^target failed: ValueError: several lines of words$"):
+    with pytest.raises(BackendError, match=r"^target failed: ValueError: several lines of words$"):
         ask("fail")
 
 
@@ -209,8 +211,6 @@ def test_a_process_that_does_not_go_by_itself_is_ended_when_closed(ask) -> None:
     worker = Worker("stubborn")
     ask("well", worker)
     running = workers_of("stubborn")
-    assert worker._process is not None and worker._process.stdin is not None and worker._log is not None
-    # A question whose answer nobody waits for: the process is busy when it is told to go.
     os.kill(running[0].pid, signal.SIGSTOP)
     worker.close()
     assert gone(running)
@@ -226,9 +226,8 @@ worker.call("target", name="misbehaving") if sys.argv[2] == "busy" else signal.p
 """
 
 
-@pytest.mark.parametrize("what", ["busy", "idle"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_worker_outlives_its_parent(tmp_path: Path, what: str, how: signal.Signals) -> None:
+@pytest.mark.parametrize(("how", "what"), [(signal.SIGKILL, "busy"), (signal.SIGKILL, "idle"), (signal.SIGINT, "busy")])
+def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals, what: str) -> None:
     package(tmp_path, "targets", "misbehaving", MISBEHAVING)
     name = f"child of {how.name} {what} {os.getpid()}"
     settings = {**environment(tmp_path), "PERWATT_TEST_ACT": "hang"}

@@ -1,0 +1,177 @@
+"""A study on scripted sides: nothing is run or measured, every cost and every answer is made up by a test."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from perwatt import metrics, study
+from perwatt.artifact import Artifact
+from perwatt.contract import Capabilities, OperatingPoint
+from perwatt.data import Samples
+from perwatt.errors import BackendError
+from perwatt.measurement import Window
+from perwatt.measuring import Effort
+from perwatt.pipeline import Row
+from perwatt.recipe import Budget
+from perwatt.study import Branch, Evaluation, Result, Study
+
+sys.path.insert(0, str(Path(__file__).parent))
+from runs import conv_net
+
+CHOSEN_ON, JUDGED_ON = 200, 400
+NOISE = (1.0, 1.002, 0.999, 1.001, 0.998, 1.0005)
+
+
+@dataclass(frozen=True)
+class Play:
+    """What a program is scripted to do. `final_ms` is its cost when it is measured again; `lost` are shares of samples
+    that it gets wrong and the original right, on those it is chosen on and on all."""
+
+    cost_ms: float = 1.0
+    final_ms: float | None = None
+    wall_ms: float | None = None
+    p99_ms: float | None = None
+    lost: tuple[float, float] = (0.0, 0.0)
+    crash: str = ""
+
+
+class ScriptedWorker:
+    """Answers `predict` with the script's classes."""
+
+    def __init__(self, side: ScriptedSide) -> None:
+        self.side = side
+
+    def call(self, operation: str, **parameters: Any) -> dict[str, Any]:
+        assert operation == "predict"
+        chosen = Path(parameters["samples"]).name == "select"
+        count = CHOSEN_ON if chosen else JUDGED_ON
+        wrong = round(count * self.side.play.lost[0 if chosen else 1])
+        Path(parameters["out"]).mkdir()
+        np.savez(Path(parameters["out"]) / "000001.npz", y=scores(count, wrong))
+        return {"batches": 1}
+
+
+class ScriptedSide:
+    """A side whose windows come from the script."""
+
+    def __init__(self, label: str, play: Play, shared: bool) -> None:
+        self.label, self.play, self.shared = label, play, shared
+        self.worker = ScriptedWorker(self)
+        self.windows: list[Window] = []
+        self.facts: dict[str, Any] = {}
+        self.closed = False
+
+    def prepare(self, samples: Path, warm_up_s: float) -> None:
+        if self.play.crash == "measuring":
+            raise BackendError(f"{self.label}: the worker was ended by SIGSEGV during prepare")
+
+    def window(self, seconds: float) -> Window:
+        final = self.play.final_ms if self.label in ("optimized", "torch eager") else None
+        cpu_s = (final or self.play.cost_ms) / 1e3 * NOISE[(len(self.windows) + len(self.label)) % len(NOISE)]
+        wall_s = self.play.wall_ms / 1e3 if self.play.wall_ms else cpu_s
+        latency = self.play.p99_ms or wall_s * 1e3
+        self.windows.append(Window(100, 100 * wall_s, 100 * cpu_s, [latency] * 100))
+        return self.windows[-1]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def scores(count: int, wrong: int) -> np.ndarray:
+    """Class scores that are right but for the first `wrong` of `count`; the truth is class 0, 1, 2, 3, 0, …"""
+    predicted = np.arange(count) % 4
+    predicted[:wrong] = (predicted[:wrong] + 1) % 4
+    return np.eye(4, dtype=np.float32)[predicted]
+
+
+GRAPHS = {
+    name: Artifact(model=ir.from_proto(conv_net(seed))) for seed, name in enumerate(("source", "clean", "half", "int8"))
+}
+NAMES = {artifact.digest(): name for name, artifact in GRAPHS.items()}
+
+
+def applied(name: str, lossy: bool = False) -> Row:
+    return Row(name, {}, "applied", measured={} if lossy else None)
+
+
+CLEANED = applied("fold-batchnorm")
+SOURCE = Branch(GRAPHS["source"])
+CLEAN = Branch(GRAPHS["clean"], (CLEANED,))
+
+
+def lossy(graph: str) -> Branch:
+    name = {"half": "cast-half", "int8": "quantize-int8"}[graph]
+    return Branch(GRAPHS[graph], (CLEANED, applied(name, lossy=True)), lossy=True)
+
+
+class Stage:
+    """A study over the script {(graph, precision): Play}; what is not in it costs 1 ms and gets all right."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.opened = folder, []
+        self.script: dict[tuple[str, str | None], Play] = {}
+        self.precisions: tuple[str, ...] = ("f32",)
+        self.budget = Budget(max_drop=1.0)
+        self.labelled = True
+        self.eager: Play | None = None
+        monkeypatch.setattr(study.Side, "lowered", staticmethod(self.lowered))
+        monkeypatch.setattr(study.Side, "eager", staticmethod(self.open_eager))
+
+    def lowered(
+        self, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path, worker: Any = None
+    ):
+        play = self.script.get((NAMES[artifact.digest()], point.floating_precision), Play())
+        if play.crash == "opening":
+            raise BackendError(f"{label}: the backend refused the model")
+        if play.crash == "final" and label == "optimized":
+            raise BackendError("optimized: the worker was ended by SIGKILL during open")
+        side = ScriptedSide(label, play, worker is not None)
+        self.opened.append(side)
+        return side
+
+    def open_eager(self, *anything: Any) -> ScriptedSide:
+        assert self.eager is not None
+        side = ScriptedSide("torch eager", self.eager, shared=False)
+        self.opened.append(side)
+        return side
+
+    def evaluation(self, role: str, count: int) -> Evaluation:
+        samples = Samples([{"x": np.zeros((count, 1), np.float32)}], np.arange(count) % 4)
+        metric = metrics.resolve("top1", samples, [{"y": scores(count, 0)}])
+        (self.folder / role).mkdir(exist_ok=True)
+        return Evaluation(
+            metric, samples, self.folder / role, [], metric.score([{"y": scores(count, 0)}], samples, None)
+        )
+
+    def study(self) -> Study:
+        return Study(
+            target="null",
+            capabilities=Capabilities(floating_precisions=self.precisions),
+            point=OperatingPoint(),
+            budget=self.budget,
+            source=GRAPHS["source"],
+            timing=self.folder,
+            select=self.evaluation("select", CHOSEN_ON) if self.labelled else None,
+            evaluation=self.evaluation("all", JUDGED_ON) if self.labelled else None,
+            max_drop=self.budget.max_drop or 0.0,
+            folder=self.folder,
+            eager=self.folder if self.eager else None,
+            effort=Effort(min_rounds=4, max_s=5),
+            progress=lambda share, text: None,
+        )
+
+    def run(self, *branches: Branch) -> Result:
+        self.opened.clear()
+        result = self.study().run([SOURCE, *branches])
+        kept = list(result.sides.values())
+        assert all(side.closed for side in self.opened if not side.shared and side not in kept)
+        assert not any(side.closed for side in kept)
+        assert [c.verdict for c in result.candidates].count("shipped") == 1
+        return result

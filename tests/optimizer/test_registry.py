@@ -1,0 +1,295 @@
+"""The registry: a file is a pass, settings are checked, the default orders itself, the schema says the same."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar, Literal
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from perwatt import passes, registry, targets
+from perwatt.contract import Pass, Stage, Target
+from perwatt.errors import InputError, PerwattError
+from perwatt.passes.quantize_int8 import QuantizeInt8
+from perwatt.recipe import OneOf, PassStep, parse
+
+SHIPPED = ["cast-half", "common-subexpression", "fold-batchnorm", "fold-constants", "quantize-int8", "remove-dead"]
+
+
+def plain(steps):
+    """Steps as names; alternatives as a tuple of names."""
+    return [tuple(s.name for s in step.steps) if isinstance(step, OneOf) else step.name for step in steps]
+
+
+def fake(name, stage=Stage.CLEAN, after=(), in_default=True):
+    """A class that says no more of itself than the registry asks."""
+    return SimpleNamespace(name=name, stage=stage, after=after, in_default=in_default)
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """`only(fake(…), …)`: these are all passes there are."""
+
+    def install(*classes):
+        known = {cls.name: cls for cls in classes}
+        monkeypatch.setattr(registry, "names", lambda kind: sorted(known))
+        monkeypatch.setattr(registry, "pass_class", known.__getitem__)
+
+    return install
+
+
+@pytest.fixture
+def entries(monkeypatch):
+    """`entries(EntryPoint, …)`: what other packages bring; forgotten again afterwards."""
+
+    def install(*found):
+        monkeypatch.setattr(registry, "entry_points", lambda group: [e for e in found if e.group == group])
+        registry._found.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    registry._found.cache_clear()
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "package"), [("passes", passes), ("targets", targets)])
+def test_every_file_without_an_underscore_is_one(kind, package):
+    files = {
+        path.stem.replace("_", "-") for path in Path(package.__path__[0]).glob("*.py") if not path.stem.startswith("_")
+    }
+    assert set(registry.names(kind)) == files
+
+
+def test_what_is_shipped_is_there_and_bears_its_file_s_name():
+    assert set(SHIPPED) <= set(registry.names("passes"))
+    assert {"null", "openvino"} <= set(registry.names("targets"))
+    for name in registry.names("passes"):
+        cls = registry.pass_class(name)
+        assert issubclass(cls, Pass) and cls.name() == name
+    for name in registry.names("targets"):
+        found = registry.target(name)
+        assert isinstance(found, Target) and found.name() == name
+
+
+def test_cpu_is_openvino():
+    assert registry.target("cpu").name() == "openvino"
+
+
+def test_an_unknown_name_lists_the_nearest():
+    with pytest.raises(InputError, match="unknown pass 'quantise-int8': did you mean quantize-int8"):
+        registry.pass_class("quantise-int8")
+    with pytest.raises(InputError, match="unknown target 'openvin': did you mean openvino"):
+        registry.target("openvin")
+    with pytest.raises(InputError, match=r"unknown target 'xyzzy': known are cpu, null, openvino"):
+        registry.target("xyzzy")
+
+
+def test_third_parties_bring_theirs_by_entry_points(entries):
+    entries(EntryPoint("theirs", "perwatt.passes.remove_dead:RemoveDead", "perwatt.passes"))
+    assert "theirs" in registry.names("passes") and "theirs" not in registry.names("targets")
+    assert registry.pass_class("theirs").name() == "remove-dead"
+
+
+@pytest.mark.parametrize("name", ["remove-dead", "theirs"])
+def test_a_clash_of_names_raises_and_names_both(name, entries):
+    entries(EntryPoint(name, "one:Pass", "perwatt.passes"), EntryPoint(name, "two:Pass", "perwatt.passes"))
+    with pytest.raises(PerwattError, match=f"two passes are called '{name}'.*(remove_dead and one|one:Pass.* and two)"):
+        registry.names("passes")
+
+
+# Settings -----------------------------------------------------------------------------------------------------------
+
+
+def test_settings_become_the_fields_of_the_pass():
+    made = registry.bind(PassStep(name="quantize-int8", settings={"exclude": ["/a/*"], "subset_size": 10}))
+    assert made == QuantizeInt8(exclude=("/a/*",), subset_size=10)
+    assert registry.bind(PassStep(name="quantize-int8", settings=made.settings())) == made
+    for name in SHIPPED:
+        assert registry.bind(PassStep(name=name)) == registry.pass_class(name)()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"exlude": []}, "unknown setting of quantize-int8 'exlude': did you mean exclude?"),
+        ({"subset_size": "many"}, "quantize-int8.subset_size: Input should be a valid integer"),
+        ({"subset_size": "300"}, "quantize-int8.subset_size: Input should be a valid integer"),
+        ({"subset_size": True}, "quantize-int8.subset_size: Input should be a valid integer"),
+        ({"fast_bias_correction": 1}, "quantize-int8.fast_bias_correction: Input should be a valid boolean"),
+        ({"exclude": "/a/*"}, "quantize-int8.exclude: Input should be a valid array"),
+        ({"preset": "best"}, "quantize-int8.preset: Input should be 'auto', 'performance' or 'mixed'"),
+        ({"exclude": {1, 2}}, "the settings of quantize-int8 must be plain data"),
+    ],
+)
+def test_settings_are_strict_and_errors_are_one_line(settings, words):
+    with pytest.raises(InputError) as error:
+        registry.bind(PassStep(name="quantize-int8", settings=settings))
+    assert str(error.value).startswith(words) and "\n" not in str(error.value)
+
+
+def test_a_setting_for_a_pass_that_has_none_is_told():
+    with pytest.raises(InputError, match="remove-dead has no settings, 'x' was given"):
+        registry.bind(PassStep(name="remove-dead", settings={"x": 1}))
+
+
+def test_settings_may_be_required_or_made_by_a_factory(monkeypatch):
+    @dataclass(frozen=True)
+    class Wide(Pass):
+        stage: ClassVar[Stage] = Stage.CLEAN
+        needed: int
+        layers: list[str] = field(default_factory=list)
+        mode: Literal["a", "b"] = "a"
+
+        def run(self, artifact, context):
+            return artifact, []
+
+    monkeypatch.setattr(registry, "pass_class", lambda name: Wide)
+    assert registry.bind(PassStep(name="wide", settings={"needed": 3})) == Wide(3)
+    with pytest.raises(InputError, match=r"wide\.needed: Field required"):
+        registry.bind(PassStep(name="wide"))
+
+
+# The default pipeline and its edits ---------------------------------------------------------------------------------
+
+
+def test_the_default_is_clean_fuse_and_the_precision_to_choose():
+    assert plain(registry.default_steps()) == [
+        "fold-constants", "common-subexpression", "remove-dead", "fold-batchnorm", ("cast-half", "quantize-int8"),
+    ]  # fmt: skip
+
+
+def test_stages_come_in_order_and_after_is_respected_within_them(only):
+    only(
+        fake("a", after=("c",)), fake("b", Stage.FUSE), fake("c"), fake("d", after=("a", "gone")),
+        fake("e", in_default=False), fake("p", Stage.PRUNE), fake("z", Stage.PRECISION), fake("y", Stage.PRECISION),
+    )  # fmt: skip
+    assert plain(registry.default_steps()) == ["c", "a", "d", "b", ("y", "z")]
+    assert plain(registry.default_steps(True)) == ["c", "a", "d", "b", "p", ("y", "z")]
+
+
+def test_passes_that_wait_for_each_other_are_an_error(only):
+    only(fake("a", after=("b",)), fake("b", after=("a",)))
+    with pytest.raises(PerwattError, match=r"\['a', 'b'\] wait for each other"):
+        registry.default_steps()
+
+
+@pytest.mark.parametrize(
+    ("edits", "result"),
+    [
+        ("-quantize-int8", ["fold-constants", "common-subexpression", "remove-dead", "fold-batchnorm", ("cast-half",)]),
+        ("-quantize-int8,-cast-half", ["fold-constants", "common-subexpression", "remove-dead", "fold-batchnorm"]),
+        ("-fold-batchnorm, -remove-dead", ["fold-constants", "common-subexpression", ("cast-half", "quantize-int8")]),
+        ("fold-batchnorm,cast-half", ["fold-batchnorm", "cast-half"]),
+        (
+            "+remove-dead",
+            ["fold-constants", "common-subexpression", "remove-dead", "fold-batchnorm", ("cast-half", "quantize-int8")],
+        ),
+    ],
+)
+def test_plus_and_minus_edit_and_plain_names_replace(edits, result):
+    assert plain(registry.edit_steps(registry.default_steps(), edits)) == result
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "cast-half"])
+def test_what_is_taken_out_and_put_in_again_stands_where_it_stood(name):
+    steps = registry.default_steps()
+    assert plain(registry.edit_steps(steps, f"-{name},+{name}")) == plain(steps)
+
+
+def test_what_is_there_already_keeps_its_settings():
+    steps = [PassStep(name="quantize-int8", settings={"subset_size": 8})]
+    assert registry.edit_steps(steps, "+quantize-int8") == steps
+    assert registry.edit_steps([OneOf(steps=steps)], "+quantize-int8") == [OneOf(steps=steps)]
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [("+nope", "unknown pass 'nope'"), ("-nope", "unknown pass 'nope'"), ("nope", "unknown pass 'nope'"),
+     ("+cast-half,fold-batchnorm", "write .name or -name for each, or plain names only")],
+)  # fmt: skip
+def test_wrong_edits_are_told(edits, words):
+    with pytest.raises(InputError, match=words):
+        registry.edit_steps([], edits)
+
+
+# The schema ---------------------------------------------------------------------------------------------------------
+
+ACCEPTED = [
+    {},
+    {"passes": "default"},
+    {"passes": []},
+    {"passes": ["fold-batchnorm", {"quantize-int8": {"exclude": ["/a/*"], "preset": "mixed"}}, {"remove-dead": None}]},
+    {"passes": [{"one-of": ["cast-half", {"quantize-int8": {"subset_size": 5}}]}]},
+    {"budget": {"time": "10m", "p99_ms": "20ms", "min_gain": "3%", "max_drop": 1}},
+    {"budget": {"time": 600, "p99_ms": 20.5, "min_gain": 0.05, "max_drop": None}},
+    {"data": {"text": "a,b", "image": 224}},
+    {"data": {"text": ["a"], "image": [224, 320]}},
+    {"inputs": {"x": {"mean": [1, 2, 3], "std": 2}}},
+    {"target": {"name": "cpu", "threads": None, "batch": 4}},
+]
+REFUSED = [
+    {"unknown": 1},
+    {"passes": "fold-batchnorm"},
+    {"passes": None},
+    {"passes": ["nope"]},
+    {"passes": [3]},
+    {"passes": [{"nope": {}}]},
+    {"passes": [{"quantize-int8": 3}]},
+    {"passes": [{"quantize-int8": {"exlude": []}}]},
+    {"passes": [{"quantize-int8": {"subset_size": "300"}}]},
+    {"passes": [{"quantize-int8": {"subset_size": True}}]},
+    {"passes": [{"quantize-int8": {"preset": "best"}}]},
+    {"passes": [{"remove-dead": {"x": 1}}]},
+    {"passes": [{"remove-dead": {}, "cast-half": {}}]},
+    {"passes": [{"one-of": []}]},
+    {"passes": [{"one-of": "cast-half"}]},
+    {"passes": [{"one-of": [{"one-of": ["cast-half"]}]}]},
+    {"budget": {"time": "soon"}},
+    {"budget": {"time": 0}},
+    {"budget": {"min_gain": 3}},
+    {"budget": {"max_drop": True}},
+    {"target": {"threads": "2"}},
+    {"target": {"scenario": "server"}},
+    {"data": {"text": 3}},
+    {"seed": "x"},
+]
+
+
+def parsed_and_bound(recipe):
+    """What a run does with a recipe before it does anything else."""
+    steps = parse(recipe).passes
+    for step in [] if steps == "default" else steps:
+        for one in step.steps if isinstance(step, OneOf) else [step]:
+            registry.bind(one)
+
+
+@pytest.fixture(scope="module")
+def validator():
+    schema = registry.recipe_schema()
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("parts", ACCEPTED)
+def test_what_the_parser_takes_the_schema_takes(parts, validator):
+    recipe = {"model": {"path": "m.pt"}, **parts}
+    parsed_and_bound(recipe)
+    assert [error.message for error in validator.iter_errors(recipe)] == []
+
+
+@pytest.mark.parametrize("parts", REFUSED)
+def test_what_the_parser_refuses_the_schema_refuses(parts, validator):
+    recipe = {"model": {"path": "m.pt"}, **parts}
+    with pytest.raises(InputError):
+        parsed_and_bound(recipe)
+    assert not validator.is_valid(recipe)
+
+
+def test_the_schema_describes_every_pass(validator):
+    described = validator.schema["$defs"]["step"]["anyOf"][1]["properties"]
+    assert sorted(described) == registry.names("passes")
+    assert all(entry["anyOf"][0]["description"] for entry in described.values())

@@ -1,0 +1,320 @@
+"""The study's choices, on scripted sides: nothing here is run or measured, every cost and every answer is made up."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perwatt import study
+from perwatt.artifact import Artifact
+from perwatt.contract import OperatingPoint
+from perwatt.measurement import Ratio
+from perwatt.pipeline import Row
+from perwatt.recipe import Budget, OneOf, PassStep
+from perwatt.study import Candidate, Result, explore
+
+sys.path.insert(0, str(Path(__file__).parent))
+from scripted import CLEAN, GRAPHS, JUDGED_ON, NAMES, SOURCE, Play, Stage, lossy
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    return Stage(tmp_path, monkeypatch)
+
+
+def graph(candidate: Candidate) -> str:
+    return NAMES[candidate.branch.artifact.digest()]
+
+
+def found(result: Result, name: str, precision: str = "f32") -> Candidate:
+    return next(c for c in result.candidates if (graph(c), c.point.floating_precision) == (name, precision))
+
+
+# What is shipped ------------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_within_the_budget_is_shipped(stage: Stage) -> None:
+    stage.script = {("clean", "f32"): Play(0.8), ("int8", "f32"): Play(0.5), ("half", "f32"): Play(0.6)}
+    result = stage.run(CLEAN, lossy("half"), lossy("int8"))
+    assert (result.outcome, graph(result.winner)) == ("optimized", "int8")
+    assert "2.00×" in result.reason
+    assert list(result.sides) == ["original", "optimized"]
+    assert result.comparison is not None and result.comparison.drop == 0 and result.comparison.n == JUDGED_ON
+    assert found(result, "half").verdict == "runner-up"
+
+
+def test_where_nothing_is_better_the_original_is_the_answer(stage: Stage) -> None:
+    stage.script = {("clean", "f32"): Play(1.001), ("int8", "f32"): Play(1.4)}
+    result = stage.run(CLEAN, lossy("int8"))
+    assert (result.outcome, graph(result.winner)) == ("unchanged", "source")
+    assert result.winner is result.baseline and list(result.sides) == ["original"]
+    assert found(result, "int8").verdict == "rejected" and "no gain: 0.71×" in found(result, "int8").reason
+    assert "not shipped" in result.reason
+
+
+def test_a_gain_below_the_least_worth_keeping_is_not_shipped(stage: Stage) -> None:
+    stage.script = {("clean", "f32"): Play(0.95)}
+    assert stage.run(CLEAN).outcome == "optimized"
+    stage.budget = Budget(min_gain=0.1, max_drop=1)
+    result = stage.run(CLEAN)
+    assert result.outcome == "unchanged" and "10% is the least worth keeping" in result.reason
+
+
+def test_a_gain_that_does_not_come_again_in_fresh_processes_is_not_shipped(stage: Stage) -> None:
+    stage.script = {("clean", "f32"): Play(0.5, final_ms=1.2)}
+    result = stage.run(CLEAN)
+    assert result.outcome == "unchanged"
+    assert found(result, "clean").reason.startswith("no gain")
+
+
+def test_the_next_best_is_tried_where_the_best_does_not_hold(stage: Stage) -> None:
+    stage.script = {("int8", "f32"): Play(0.4, lost=(0.0, 0.05)), ("clean", "f32"): Play(0.8)}
+    result = stage.run(CLEAN, lossy("int8"))
+    assert (result.outcome, graph(result.winner)) == ("optimized", "clean")
+    assert found(result, "int8").reason == "loses 5.00 points of 1 allowed (n = 400)"
+
+
+def test_fewer_cpu_seconds_bought_with_a_longer_wait_are_not_shipped(stage: Stage) -> None:
+    stage.script = {("source", "f32"): Play(1.0, wall_ms=0.5), ("clean", "f32"): Play(0.7, wall_ms=0.69)}
+    result = stage.run(CLEAN)
+    assert result.outcome == "unchanged"
+    assert "fewer CPU seconds, but slower: 0.72×" in found(result, "clean").reason
+
+
+def test_accuracy_lost_on_the_samples_chosen_on_rejects_whatever_the_speed(stage: Stage) -> None:
+    stage.script = {("int8", "f32"): Play(0.1, lost=(0.02, 0.0))}
+    result = stage.run(lossy("int8"))
+    assert result.outcome == "unchanged"
+    rejected = found(result, "int8")
+    assert rejected.reason == "loses 2.00 points of 1 allowed (n = 200)"
+    assert rejected.ratios["cpu_s_per_inference"].value == pytest.approx(0.1, rel=0.01), (
+        "its speed is told all the same"
+    )
+
+
+def test_a_drop_of_exactly_the_budget_is_within_it(stage: Stage) -> None:
+    stage.script = {("int8", "f32"): Play(0.5, lost=(0.01, 0.01))}
+    assert stage.run(lossy("int8")).outcome == "optimized"
+
+
+def test_proving_accuracy_asks_the_bound_to_hold_and_not_the_estimate(stage: Stage) -> None:
+    stage.script = {("int8", "f32"): Play(0.5, lost=(0.0, 0.0075))}
+    assert stage.run(lossy("int8")).outcome == "optimized"
+    stage.budget = Budget(max_drop=1.0, prove_accuracy=True)
+    result = stage.run(lossy("int8"))
+    assert (result.outcome, graph(result.winner)) == ("unchanged", "source")
+    assert "at the bound" in found(result, "int8").reason
+
+
+def test_the_proof_is_asked_on_all_samples_and_not_on_the_few_of_screening(stage: Stage) -> None:
+    stage.budget = Budget(max_drop=1.0, prove_accuracy=True)
+    stage.script = {("int8", "f32"): Play(0.5)}
+    result = stage.run(lossy("int8"))
+    assert (result.outcome, graph(result.winner)) == ("optimized", "int8")
+
+
+def test_the_original_as_it_is_needs_no_proof_of_its_own_accuracy(stage: Stage) -> None:
+    stage.budget = Budget(max_drop=0.1, prove_accuracy=True)
+    assert stage.run().outcome == "unchanged"
+
+
+def test_without_samples_to_judge_on_nothing_lossy_is_shipped_but_its_speed_is_known(stage: Stage) -> None:
+    stage.labelled = False
+    stage.script = {("int8", "f32"): Play(0.1), ("clean", "f32"): Play(0.9)}
+    result = stage.run(CLEAN, lossy("int8"))
+    assert graph(result.winner) == "clean"
+    assert "accuracy unknown" in found(result, "int8").reason and found(result, "int8").ratios
+    assert result.comparison is None
+
+
+@pytest.mark.parametrize("crash", ["opening", "measuring"])
+def test_a_candidate_that_crashes_is_rejected_and_keeps_its_name(stage: Stage, crash: str) -> None:
+    stage.script = {("int8", "f32"): Play(0.1, crash=crash), ("clean", "f32"): Play(0.8)}
+    result = stage.run(CLEAN, lossy("int8"))
+    assert graph(result.winner) == "clean"
+    assert found(result, "int8").verdict == "rejected" and found(result, "int8").reason
+    assert found(result, "int8").name == "quantize-int8, floating point in f32"
+
+
+def test_a_candidate_that_crashes_when_measured_again_makes_room_for_the_next(stage: Stage) -> None:
+    stage.script = {("int8", "f32"): Play(0.1, crash="final"), ("clean", "f32"): Play(0.8)}
+    result = stage.run(CLEAN, lossy("int8"))
+    assert graph(result.winner) == "clean"
+    assert "SIGKILL" in found(result, "int8").reason
+
+
+def test_a_candidate_beyond_the_latency_allowed_is_rejected(stage: Stage) -> None:
+    stage.budget = Budget(p99_ms=2.0, max_drop=1)
+    stage.script = {("int8", "f32"): Play(0.3, p99_ms=2.5), ("clean", "f32"): Play(0.8)}
+    result = stage.run(CLEAN, lossy("int8"))
+    assert (result.outcome, graph(result.winner)) == ("optimized", "clean")
+    assert found(result, "int8").reason == "p99 latency 2.50 ms, 2 ms allowed"
+
+
+def test_where_nothing_meets_the_latency_the_budget_is_not_met_and_the_best_is_kept(stage: Stage) -> None:
+    stage.budget = Budget(p99_ms=0.1, max_drop=1)
+    result = stage.run(CLEAN)
+    assert (result.outcome, graph(result.winner)) == ("budget_not_met", "source")
+    assert "0.90 ms over the 0.1 ms allowed" in result.reason
+
+
+# The original -----------------------------------------------------------------------------------------------------
+
+
+def test_the_original_runs_at_the_backends_default_unless_another_precision_is_clearly_better(stage: Stage) -> None:
+    stage.precisions = ("bf16", "f32")
+    stage.script = {("source", "f32"): Play(0.99)}
+    result = stage.run()
+    assert (result.outcome, result.baseline.point.floating_precision) == ("unchanged", "bf16")
+    stage.script = {("source", "f32"): Play(0.8)}
+    result = stage.run()
+    assert result.baseline.point.floating_precision == "f32"
+    assert any("faster than the backend's default" in note for note in result.notes)
+
+
+def test_a_default_precision_that_loses_too_much_is_not_what_others_are_compared_with(stage: Stage) -> None:
+    stage.precisions = ("bf16", "f32")
+    stage.script = {
+        ("source", "bf16"): Play(0.5, lost=(0.1, 0.1)),
+        ("clean", "f32"): Play(0.8),
+        ("clean", "bf16"): Play(0.3, lost=(0.1, 0.1)),
+    }
+    result = stage.run(CLEAN)
+    assert result.baseline.point.floating_precision == "f32"
+    assert (graph(result.winner), result.winner.point.floating_precision) == ("clean", "f32")
+    assert any("loses too much accuracy" in note for note in result.notes)
+    assert result.original_as_run == 1.0
+
+
+def test_a_winner_at_another_precision_is_measured_against_the_original_at_its_own_point_too(stage: Stage) -> None:
+    stage.precisions = ("bf16", "f32")
+    stage.script = {("int8", "f32"): Play(0.4), ("int8", "bf16"): Play(0.6)}
+    result = stage.run(lossy("int8"))
+    assert result.winner.point.floating_precision == "f32" and result.baseline.point.floating_precision == "bf16"
+    assert list(result.sides) == ["original", "original at the same point", "optimized"]
+
+
+def test_torch_eager_is_measured_beside_them_and_may_fail_without_harm(stage: Stage) -> None:
+    stage.eager, stage.script = Play(5.0), {("clean", "f32"): Play(0.8)}
+    result = stage.run(CLEAN)
+    assert list(result.sides) == ["original", "torch eager", "optimized"]
+    stage.eager = Play(crash="measuring")
+    result = stage.run(CLEAN)
+    assert result.outcome == "optimized" and list(result.sides) == ["original", "optimized"]
+    assert any("torch eager could not be measured" in note for note in result.notes)
+
+
+# Which candidates -------------------------------------------------------------------------------------------------
+
+
+def pairs(candidates: Sequence[Candidate]) -> list[tuple[str, str | None]]:
+    return [(graph(c), c.point.floating_precision) for c in candidates]
+
+
+def originals(stage: Stage, slow: str | None = None) -> list[Candidate]:
+    made = [Candidate(SOURCE, OperatingPoint(floating_precision=p)) for p in stage.precisions]
+    for candidate in made[1:]:
+        candidate.ratios = {"cpu_s_per_inference": Ratio(2.0 if candidate.point.floating_precision == slow else 1.0)}
+    return made
+
+
+def test_each_graph_is_tried_once_at_each_precision_and_the_original_not_again(stage: Stage) -> None:
+    stage.precisions = ("bf16", "f32")
+    made = originals(stage)
+    candidates = stage.study().candidates([SOURCE, CLEAN, replace(CLEAN), lossy("int8")], made[0], made)
+    assert pairs(candidates) == [("clean", "bf16"), ("clean", "f32"), ("int8", "bf16"), ("int8", "f32")]
+
+
+def test_a_precision_that_is_slow_for_the_original_is_tried_on_lossy_graphs_only(stage: Stage) -> None:
+    stage.precisions = ("bf16", "f32")
+    made = originals(stage, slow="f32")
+    candidates = stage.study().candidates([SOURCE, CLEAN, lossy("int8")], made[0], made)
+    assert pairs(candidates) == [("clean", "bf16"), ("int8", "bf16"), ("int8", "f32")]
+
+
+def test_a_graph_without_float32_is_tried_at_the_default_precision_only(stage: Stage, monkeypatch) -> None:
+    stage.precisions = ("bf16", "f32")
+    monkeypatch.setattr(study, "leaves_float32", lambda artifact: artifact is not GRAPHS["half"])
+    made = originals(stage)
+    assert pairs(stage.study().candidates([SOURCE, lossy("half")], made[0], made)) == [("half", "bf16")]
+
+
+# Which graphs -----------------------------------------------------------------------------------------------------
+
+
+class ScriptedPipeline:
+    """Each pass leads to the next graph of its own, or is refused."""
+
+    def __init__(self, **leads: str) -> None:
+        self.leads, self.asked = {name.replace("_", "-"): graph for name, graph in leads.items()}, []
+
+    def step(self, artifact: Artifact, made_by: Any) -> tuple[Artifact, Row]:
+        name = made_by.name()
+        self.asked.append((NAMES[artifact.digest()], name))
+        if name not in self.leads:
+            return artifact, Row(name, {}, "refused", "not here")
+        return GRAPHS[self.leads[name]], Row(name, {}, "applied")
+
+
+def steps(*names: str) -> list[PassStep | OneOf]:
+    return [
+        OneOf(steps=[PassStep(name=n) for n in name.split("|")]) if "|" in name else PassStep(name=name)
+        for name in names
+    ]
+
+
+def test_lossless_passes_make_one_branch_and_lossy_ones_never_replace_what_they_started_from() -> None:
+    pipeline = ScriptedPipeline(fold_batchnorm="clean", cast_half="half", quantize_int8="int8")
+    branches = explore(pipeline, GRAPHS["source"], steps("fold-batchnorm", "cast-half|quantize-int8"))
+    assert [(NAMES[b.artifact.digest()], b.lossy) for b in branches] == [
+        ("clean", False),
+        ("half", True),
+        ("int8", True),
+    ]
+    assert [b.applied() for b in branches] == [
+        ["fold-batchnorm"],
+        ["fold-batchnorm", "cast-half"],
+        ["fold-batchnorm", "quantize-int8"],
+    ]
+    assert pipeline.asked == [("source", "fold-batchnorm"), ("clean", "cast-half"), ("clean", "quantize-int8")]
+
+
+def test_a_lossy_pass_that_is_refused_makes_no_lossy_branch() -> None:
+    branches = explore(ScriptedPipeline(), GRAPHS["source"], steps("quantize-int8"))
+    assert [(NAMES[b.artifact.digest()], b.lossy) for b in branches] == [("source", False), ("source", False)]
+    assert [row.status for row in branches[1].rows] == ["refused"]
+
+
+def test_a_lossless_pass_after_a_lossy_one_is_run_on_every_branch() -> None:
+    pipeline = ScriptedPipeline(quantize_int8="int8")
+    explore(pipeline, GRAPHS["source"], steps("quantize-int8", "fold-batchnorm"))
+    assert pipeline.asked == [("source", "quantize-int8"), ("source", "fold-batchnorm"), ("int8", "fold-batchnorm")]
+
+
+# The ledger -------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_tells_every_pass_once_the_winners_first_and_why_others_were_not_chosen(stage: Stage) -> None:
+    stage.script = {
+        ("int8", "f32"): Play(0.5),
+        ("half", "f32"): Play(0.7, lost=(0.03, 0.03)),
+        ("clean", "f32"): Play(0.8),
+    }
+    rows = {row.name: row for row in stage.run(CLEAN, lossy("half"), lossy("int8")).rows}
+    assert list(rows) == ["fold-batchnorm", "quantize-int8", "cast-half"]
+    assert rows["fold-batchnorm"].status == rows["quantize-int8"].status == "applied"
+    assert rows["quantize-int8"].measured["inferences_per_cpu_s_ratio"]["value"] == pytest.approx(2, rel=0.01)
+    assert rows["cast-half"].status == "not-chosen" and "loses 3.00 points" in rows["cast-half"].reason
+    assert rows["cast-half"].measured["accuracy_drop"] == pytest.approx(3)
+
+
+def test_in_the_ledger_of_an_unchanged_run_no_pass_counts_as_applied(stage: Stage) -> None:
+    stage.script = {("clean", "f32"): Play(1.2), ("int8", "f32"): Play(0.5, lost=(0.5, 0.5))}
+    rows = {row.name: row for row in stage.run(CLEAN, lossy("int8")).rows}
+    assert {row.status for row in rows.values()} == {"not-chosen"}
+    assert "no gain" in rows["fold-batchnorm"].reason and "points" in rows["quantize-int8"].reason

@@ -1,0 +1,265 @@
+"""OpenVINO: any number of items, any shape of model, what was asked for is what runs, what is saved runs alone."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from models import build, control_flow, conv_net, feed, mlp, no_batch, node, outputs, transformer, two_and_two, weight
+
+from perwatt.artifact import Artifact
+from perwatt.bundle import program_json
+from perwatt.contract import OperatingPoint, as_calls
+from perwatt.errors import BackendError
+from perwatt.targets.openvino import OpenVINO
+
+TARGET = OpenVINO()
+
+
+def lowered(artifact, folder, **point):
+    """The program, in float32 unless the test says otherwise, in two threads at most."""
+    artifact.file(folder)
+    return TARGET.lower(artifact, OperatingPoint(**{"floating_precision": "f32", "threads": 2, **point}))
+
+
+def same(old, new, atol=1e-4):
+    """Equal names in order, equal types and shapes, values within `atol`."""
+    assert list(old) == list(new)
+    for name in old:
+        assert old[name].dtype == new[name].dtype and old[name].shape == new[name].shape
+        assert np.allclose(old[name], new[name], atol=atol)
+
+
+def test_nothing_is_missing_and_capabilities_are_plain_data():
+    assert TARGET.missing() == []
+    found = TARGET.capabilities()
+    assert "f32" in found.floating_precisions
+    assert ("bf16" in found.floating_precisions) == ("bfloat16" in found.half_types)
+    assert [style.name for style in found.quantization_styles][:1] == ["symmetric"]
+    assert TARGET.name() == "openvino" and set(TARGET.versions()) == {"openvino"}
+
+
+@pytest.mark.parametrize("items", [1, 3, 8, 33])
+def test_any_number_of_items_gives_what_batch_one_gives(items, tmp_path):
+    artifact = conv_net()
+    batch = feed(artifact, items=items)
+    same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=8).run(batch))
+    same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=1).run(batch))
+
+
+def test_a_fixed_batch_is_looped_whatever_the_point_says(tmp_path):
+    program = lowered(conv_net(batch="4"), tmp_path, batch=32)
+    assert program.batch_size == program.point.batch == 4
+    batch = feed(conv_net(), items=10)
+    same(outputs(conv_net(), batch), program.run(batch))
+
+
+def test_a_model_without_a_batch_axis_is_called_once(tmp_path):
+    artifact = no_batch()
+    program = lowered(artifact, tmp_path, batch=8)
+    assert program.batch_size is None
+    same(outputs(artifact, feed(artifact)), program.run(feed(artifact)))
+
+
+@pytest.mark.parametrize("words", [1, 5, 17])
+def test_sequences_of_any_length_run_in_one_program(words, tmp_path):
+    artifact = transformer()
+    batch = feed(artifact, items=5, words=words)
+    same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=2).run(batch))
+
+
+def test_inputs_and_outputs_go_by_position_and_bear_the_model_s_names(tmp_path):
+    artifact = two_and_two()
+    batch = feed(artifact, items=3)
+    backwards = dict(reversed(batch.items()))
+    same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=2).run(backwards))
+
+
+def test_outputs_that_are_inputs_or_the_same_value_keep_their_places(tmp_path):
+    nodes = [node("Relu", "x", "a"), node("Identity", "a", "b"), node("Identity", "x", "c")]
+    artifact = build(nodes, "x:float32[batch,4]", " ".join(f"{n}:float32[batch,4]" for n in "bca"))
+    batch = feed(artifact)
+    same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=2).run(batch))
+
+
+def test_whole_numbers_and_truth_values_keep_their_types(tmp_path):
+    nodes = [
+        node("ArgMax", "x", "top", axis=1, keepdims=0),
+        node("Greater", "x zero", "more"),
+        node("Add", "ids ids", "twice"),
+    ]
+    artifact = build(
+        nodes, "x:float32[batch,4] ids:int64[batch,2]", "top:int64[batch] more:bool[batch,4] twice:int64[batch,2]",
+        {"zero": np.float32(0)},
+    )  # fmt: skip
+    batch = feed(artifact)
+    same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=2).run(batch))
+
+
+def test_control_flow_runs(tmp_path):
+    artifact = control_flow()
+    batch = feed(artifact, items=2)
+    same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=2).run(batch))
+
+
+def test_arrays_in_any_layout_and_read_only_ones_are_taken(tmp_path):
+    artifact = mlp()
+    batch = {"x": np.asfortranarray(feed(artifact, items=4)["x"])}
+    batch["x"].flags.writeable = False
+    same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=4).run(batch))
+
+
+def test_what_comes_out_is_not_overwritten_by_the_next_call(tmp_path):
+    artifact = mlp()
+    program = lowered(artifact, tmp_path)
+    first = program.run(feed(artifact, items=1))
+    kept = first["y"].copy()
+    program.run(feed(artifact, items=1, seed=1))
+    assert np.array_equal(first["y"], kept)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"z": np.zeros((1, 6), np.float32)}, {"x": np.zeros((1, 6))}, {"x": np.zeros((1, 7), np.float32)}]
+)
+def test_wrong_names_types_and_shapes_are_refused_in_words(wrong, tmp_path):
+    with pytest.raises(ValueError, match=r"the model's inputs are|was given"):
+        lowered(mlp(), tmp_path).run(wrong)
+
+
+@pytest.mark.parametrize("precision", [None, *TARGET.capabilities().floating_precisions])
+def test_the_execution_precision_is_set_and_read_back(precision, tmp_path):
+    facts = lowered(conv_net(), tmp_path, floating_precision=precision).facts()
+    expected = precision or TARGET.capabilities().floating_precisions[0]
+    assert facts["execution_precision"] == facts["operating_point"]["floating_precision"] == expected
+    assert facts["settings"]["INFERENCE_PRECISION_HINT"] == expected
+    json.dumps(facts)
+
+
+def test_threads_and_streams_are_as_asked_and_otherwise_read_back(tmp_path):
+    point = lowered(conv_net(), tmp_path, scenario="offline", threads=2, streams=2).facts()["operating_point"]
+    assert (point["threads"], point["streams"], point["scenario"]) == (2, 2, "offline")
+    free = lowered(conv_net(), tmp_path, threads=None).facts()["operating_point"]
+    assert free["threads"] >= 1 and free["streams"] >= 1
+
+
+def test_a_precision_nobody_knows_is_refused_with_those_known(tmp_path):
+    with pytest.raises(BackendError, match="no floating precision 'int4': known are bf16, f32, f16"):
+        lowered(conv_net(), tmp_path, floating_precision="int4")
+
+
+@pytest.mark.parametrize("make", [conv_net, transformer, two_and_two, no_batch])
+def test_saved_and_loaded_it_gives_the_same_for_any_number_of_items(make, tmp_path):
+    artifact = make()
+    program = lowered(artifact, tmp_path, batch=4)
+    assert all(path.is_file() for path in program.save(tmp_path))
+    loaded = TARGET.load(tmp_path, artifact.signature, OperatingPoint(**{**program.point.to_json(), "batch": 3}))
+    batch = feed(artifact, items=7)
+    same(program.run(batch), loaded.run(batch), atol=1e-5)
+
+
+def test_saving_leaves_weights_as_they_are(tmp_path):
+    artifact = conv_net(width=64)
+    lowered(artifact, tmp_path).save(tmp_path)
+    assert (tmp_path / "model.bin").stat().st_size > 0.9 * artifact.size_bytes()
+
+
+@pytest.mark.parametrize("scenario", ["single-stream", "offline"])
+def test_load_completes_all_its_calls_and_counts_them(scenario, tmp_path):
+    artifact = conv_net()
+    program = lowered(artifact, tmp_path, scenario=scenario, batch=4, streams=1)
+    calls = as_calls(artifact.signature, [feed(artifact, items=10)], 4)
+    for seconds in (0.0, 0.05):
+        window = program.drive(calls, seconds)
+        assert window.inferences == 4 * len(window.latencies_ms) > 0
+        assert window.wall_s >= seconds and window.cpu_s >= 0
+        assert all(latency > 0 for latency in window.latencies_ms)
+        assert window.energy_j is None
+
+
+def test_a_call_is_one_inference_where_there_is_no_batch_axis(tmp_path):
+    artifact = no_batch()
+    window = lowered(artifact, tmp_path, scenario="offline").drive([feed(artifact)], 0.0)
+    assert window.inferences == len(window.latencies_ms) == 1
+
+
+def test_a_refused_model_says_which_operator_it_was(tmp_path):
+    artifact = conv_net()
+    model = artifact.edit()
+    model.opset_imports["com.example"] = 1
+    relu = next(n for n in model.graph if n.op_type == "Relu")
+    relu.domain, relu.op_type = "com.example", "Reloo"
+    with pytest.raises(BackendError) as error:
+        lowered(Artifact(model=model), tmp_path)
+    words = str(error.value)
+    assert words.startswith("OpenVINO refused the model: ") and "Reloo" in words and "\n" not in words
+
+
+def test_a_broken_file_is_an_error_in_words_when_lowered_and_when_loaded(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"this is no model")
+    broken = Artifact(path=tmp_path / "m.onnx", signature=mlp().signature)
+    with pytest.raises(BackendError, match="OpenVINO refused the model"):
+        TARGET.lower(broken, OperatingPoint())
+    with pytest.raises(BackendError, match="OpenVINO refused the model"):
+        TARGET.load(tmp_path, mlp().signature, OperatingPoint())
+
+
+def test_an_input_that_openvino_fails_on_is_an_error_in_words(tmp_path):
+    artifact = build(
+        [node("Reshape", "x to", "r"), node("MatMul", "r w", "y")], "x:float32[a,b]", "y:float32[a,2]",
+        {"to": np.int64([-1, 4]), "w": weight(4, 2)},
+    )  # fmt: skip
+    program = lowered(artifact, tmp_path)
+    with pytest.raises(BackendError, match="OpenVINO failed on this input"):
+        program.run({"x": np.zeros((1, 3), np.float32)})
+
+
+# What is deployed ---------------------------------------------------------------------------------------------------
+
+CHECK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from run import Model
+batch = dict(np.load(sys.argv[1] + "/in.npz"))
+np.savez(sys.argv[1] + "/out.npz", **Model().run(batch))
+foreign = {"perwatt", "torch", "onnx", "onnx_ir", "onnxruntime"} & {name.split(".")[0] for name in sys.modules}
+assert not foreign, foreign
+"""
+
+
+def deployed(artifact, folder, **point):
+    """A folder as a bundle holds it: `run.py`, `program.json` and the model."""
+    program = lowered(artifact, folder, **point)
+    (folder / "openvino").mkdir()
+    program.save(folder / "openvino")
+    (folder / "program.json").write_text(json.dumps(program_json("openvino", artifact.signature, program.facts())))
+    (folder / "run.py").write_text(TARGET.script())
+    return program
+
+
+@pytest.mark.parametrize(("make", "items"), [(conv_net, 10), (transformer, 3), (two_and_two, 1), (no_batch, 1)])
+def test_run_py_gives_the_same_with_openvino_and_numpy_alone(make, items, tmp_path):
+    artifact = make()
+    program = deployed(artifact, tmp_path, batch=4)
+    batch = feed(artifact, items=items)
+    np.savez(tmp_path / "in.npz", **batch)
+    done = subprocess.run([sys.executable, "-c", CHECK, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as found:
+        same(program.run(batch), dict(found), atol=1e-6)
+
+
+def test_run_py_is_a_command_too(tmp_path):
+    artifact = conv_net()
+    deployed(artifact, tmp_path, batch=2)
+    np.savez(tmp_path / "samples.npz", pictures=feed(artifact, items=5)["x"], labels=np.arange(5))
+    command = [sys.executable, "run.py", "samples.npz", "out.npz"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "y: float32[5, 5]\n"
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["y"].shape == (5, 5)
+    np.savez(tmp_path / "other.npz", one=np.zeros(1), two=np.zeros(1))
+    failed = subprocess.run([*command[:2], "other.npz"], cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 1 and "the model wants ['x']" in failed.stderr
