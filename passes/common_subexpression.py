@@ -39,6 +39,9 @@ class CommonSubexpression(Pass):
 def _straighten(graph: Any) -> None:
     """Identities that give equal outputs their names are equal too, and were chained: each copies the origin again."""
     for node in graph:
-        if node.op_type == "Identity" and node.domain == "":
-            while (source := node.inputs[0].producer()) is not None and source.op_type == "Identity":
-                node.replace_input_with(0, source.inputs[0])
+        while _names_an_output(node) and _names_an_output(node.inputs[0].producer()):
+            node.replace_input_with(0, node.inputs[0].producer().inputs[0])
+
+
+def _names_an_output(node: Any) -> bool:
+    return node is not None and node.op_identifier() == ("", "Identity", "") and node.outputs[0].is_graph_output()

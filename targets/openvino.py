@@ -247,7 +247,8 @@ def cpu_isa() -> tuple[str, ...]:
 
 
 def _words(error: Exception) -> str:
-    """The telling lines of an OpenVINO message: without the trail of source files before it."""
+    """The telling lines of an OpenVINO message: without the trail of source files and conditions before it."""
     lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    telling = [line for line in lines if not line.startswith(("Exception from src", "While validating"))]
+    trail = r"Exception from src|While validating|FrontEnd API failed|Check '.*' failed at \S+$"
+    telling = [line for line in lines if not re.match(trail, line)]
     return re.sub(r"\s+", " ", " ".join(telling or lines))[:400]

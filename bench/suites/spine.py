@@ -10,11 +10,13 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import models
@@ -69,6 +71,7 @@ def run_case(name: str, model: Path, options: dict[str, Any], folder: Path) -> d
         "case": name,
         "exit_code": done.returncode,
         "wall_s": round(wall, 1),
+        "device": report["target"]["device"],
         "outcome": report["outcome"],
         "reason": report["reason"],
         "shipped": [c["name"] for c in report["candidates"] if c["verdict"] == "shipped"],
@@ -116,6 +119,22 @@ def deployed(bundle: Path, options: dict[str, Any]) -> float:
         return float((scores.argmax(1) == archive["labels"]).mean())
 
 
+def startup() -> dict[str, float]:
+    """CPU seconds (user + system) of `optimize --help` and of `import perwatt`, interpreter included: medians of 7."""
+
+    def spent(*command: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    optimize = str(Path(sys.executable).parent / "optimize")
+    return {
+        "help_cpu_s": round(median(spent(optimize, "--help") for _ in range(7)), 3),
+        "import_cpu_s": round(median(spent(sys.executable, "-c", "import perwatt") for _ in range(7)), 3),
+    }
+
+
 def verdicts(results: dict[str, dict[str, Any]]) -> list[str]:
     """What the issue asks for, and whether it holds; one line each."""
     lines = []
@@ -144,6 +163,47 @@ def verdicts(results: dict[str, dict[str, Any]]) -> list[str]:
     return [line for line in lines if line]
 
 
+def as_markdown(kept: dict[str, Any]) -> str:
+    """The results as a page of the documentation."""
+    lines = [
+        "# What was measured",
+        "",
+        "Written by `python bench/suites/spine.py` from `bench/results/spine.json`. CPU seconds are user + system seconds per inference;",
+        "ratios are optimized ÷ other side, both measured in one run in interleaved windows, with 95 % intervals. Energy is modelled",
+        "on this machine (no counter), so CPU seconds per inference decide.",
+        "",
+        f"Machine: {kept['machine']['device']}, {kept['machine']['cpus']} CPUs, {kept['machine']['system']}; shared, so wall times vary.",
+        "",
+        "| model | outcome | what shipped | accuracy before → after (n) | CPU s ÷ original | CPU s ÷ torch eager | wall s | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, r in kept["cases"].items():
+        if "error" in r:
+            lines.append(f"| {name} | failed: {r['error']} | | | | | | {r['revision']} |")
+            continue
+        a = r["accuracy"]
+        accuracy = f"{a['metric']} {a['original']:.4f} → {a['optimized']:.4f} ({a['n']})" if a else "not known: no labels"
+        cells = [name, r["outcome"], ", ".join(r["shipped"]), accuracy, _interval(r["cpu_s_ratio"]), _interval(r["cpu_s_to_torch_eager"])]
+        lines.append("| " + " | ".join([*cells, f"{r['wall_s']:.0f}", r["revision"]]) + " |")
+    return "\n".join([*lines, "", "## What holds", "", *(f"- {line}" for line in verdicts(kept["cases"])), *_startup_lines(kept), ""])
+
+
+def _interval(ratio: dict[str, float] | None) -> str:
+    if not ratio or ratio["value"] is None:
+        return "–"
+    return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+
+
+def _startup_lines(kept: dict[str, Any]) -> list[str]:
+    found = kept.get("startup")
+    if not found:
+        return []
+    return [
+        f"- `optimize --help`: {found['help_cpu_s']:.2f} s of CPU time (0.4 wanted): {found['help_cpu_s'] < 0.4}",
+        f"- `import perwatt`: {found['import_cpu_s']:.2f} s of CPU time, interpreter included (0.3 wanted): {found['import_cpu_s'] < 0.3}",
+    ]
+
+
 def revision() -> str:
     """The commit that is measured, with a mark where the tree is not clean."""
     def git(*words: str) -> str:
@@ -170,9 +230,11 @@ def main() -> None:
             result = run_case(name, model, chosen, folder)
             kept["cases"][name] = {**result, "revision": revision()}
             print(f"{name}: {result.get('outcome', result.get('error'))}, {result.get('wall_s')} s", flush=True)
-            kept["machine"] = {"cpus": os.cpu_count(), "system": platform.platform()}
+            kept["machine"] = {"cpus": os.cpu_count(), "system": platform.system(), "device": result.get("device", "")}
+            kept["startup"] = startup()
             RESULTS.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+            (models.ROOT / "docs" / "results.md").write_text(as_markdown(kept))
     print("\n".join(verdicts(kept["cases"])))
 
 

@@ -122,7 +122,6 @@ class Stage:
         self.labelled = True
         self.eager: Play | None = None
         monkeypatch.setattr(study.Side, "lowered", staticmethod(self.lowered))
-        monkeypatch.setattr(study.Side, "eager", staticmethod(self.open_eager))
 
     def lowered(
         self, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path, worker: Any = None
@@ -133,12 +132,6 @@ class Stage:
         if play.crash == "final" and label == "optimized":
             raise BackendError("optimized: the worker was ended by SIGKILL during open")
         side = ScriptedSide(label, play, worker is not None)
-        self.opened.append(side)
-        return side
-
-    def open_eager(self, *anything: Any) -> ScriptedSide:
-        assert self.eager is not None
-        side = ScriptedSide("torch eager", self.eager, shared=False)
         self.opened.append(side)
         return side
 
@@ -162,7 +155,7 @@ class Stage:
             evaluation=self.evaluation("all", JUDGED_ON) if self.labelled else None,
             max_drop=self.budget.max_drop or 0.0,
             folder=self.folder,
-            eager=self.folder if self.eager else None,
+            eager=ScriptedSide("torch eager", self.eager, shared=True) if self.eager else None,
             effort=Effort(min_rounds=4, max_s=5),
             progress=lambda share, text: None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,9 +20,10 @@ import pytest
 from perwatt import bundle
 from perwatt.bundle import LOCK, check_destination, digest_of, open_bundle, write_json, writing
 from perwatt.errors import InputError
+from perwatt.isolation import Worker
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import environment
+from runs import environment, put_net
 
 
 def fill(folder: Path, text: str = "one", model: str = "net") -> None:
@@ -148,6 +150,17 @@ def test_on_a_disk_that_is_really_full_the_older_bundle_survives(tiny_disk: Path
         (folder / "weights.bin").write_bytes(os.urandom(200_000))
     assert os.listdir(tiny_disk) == ["out"]
     assert assert_whole(tiny_disk / "out") == "one"
+
+
+@pytest.mark.parametrize("target", ["null", "openvino"])
+def test_a_backend_that_finds_the_disk_full_is_the_users_to_mend(tiny_disk: Path, tmp_path: Path, target: str) -> None:
+    model = put_net(tmp_path, count=8)
+    with contextlib.suppress(OSError):
+        (tiny_disk / "full").write_bytes(bytes(100_000))
+    with Worker("saving") as worker:
+        worker.call("open", target=target, model=str(model), point={})
+        with pytest.raises(InputError, match=f"no room on the disk that holds {tiny_disk}"):
+            worker.call("save", folder=str(tiny_disk / "out"))
 
 
 def test_a_parent_that_is_a_file_or_missing_is_an_input_error(tmp_path: Path) -> None:

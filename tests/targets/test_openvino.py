@@ -193,6 +193,7 @@ def test_a_refused_model_says_which_operator_it_was(tmp_path):
         lowered(Artifact(model=model), tmp_path)
     words = str(error.value)
     assert words.startswith("OpenVINO refused the model: ") and "Reloo" in words and "\n" not in words
+    assert "src/" not in words
 
 
 def test_a_broken_file_is_an_error_in_words_when_lowered_and_when_loaded(tmp_path):
