@@ -32,7 +32,7 @@ def run(*command: str | Path, **environment: str) -> None:
 
 def set_up() -> None:
     """A virtual environment with everything that development needs, at the versions of constraints.txt."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything is installed)
         raise SystemExit("perwatt needs Python 3.11 or newer")
     stamp = VENV / ".perwatt-installed"
     wanted = hashlib.sha256(b"".join((HERE / n).read_bytes() for n in ("pyproject.toml", "constraints.txt"))).hexdigest()

@@ -10,11 +10,12 @@ import numpy as np
 
 from perwatt import registry
 from perwatt.bundle import Bundle, open_bundle
-from perwatt.compilation import compile_model, out_folder, read_model
+from perwatt.compilation import compile_model, out_folder
 from perwatt.contract import OperatingPoint, Program
 from perwatt.errors import InputError, TargetError
 from perwatt.isolation import Worker
 from perwatt.options import build_recipe
+from perwatt.preparation import read_model
 from perwatt.reading import Reading
 from perwatt.signature import Array, Batch, Signature, rows
 

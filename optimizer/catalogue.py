@@ -14,7 +14,7 @@ from perwatt.isolation import Worker
 
 def all_passes() -> list[dict[str, Any]]:
     """Every pass in the order of its stage: name, stage, whether it is in `default`, one line."""
-    classes = {name: registry.pass_class(name) for name in registry.names("passes")}
+    classes = registry.loadable_passes()
     entries = [_summary(name, cls) for name, cls in classes.items()]
     return sorted(entries, key=lambda entry: (classes[entry["name"]].stage, entry["name"]))
 

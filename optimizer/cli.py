@@ -189,8 +189,8 @@ def _compile(recipe: Any, out: Path, force: bool, mode: Any) -> Any:
 
 
 def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
+    from perwatt import datasets, registry
     from perwatt import recipe as recipes
-    from perwatt import registry
     from perwatt.bundle import check_destination, is_bundle
     from perwatt.compilation import inputs_of, model_name, resolve_steps
     from perwatt.reading import detect
@@ -198,6 +198,8 @@ def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
     steps = resolve_steps(recipe)
     registry.target(recipe.target.name)
     check_destination(out, model_name(recipe), shown["force"], inputs_of(recipe))
+    for where in inputs_of(recipe)[1:]:
+        datasets.kind_of(where)
     path = Path(recipe.model.path)
     kind = "bundle" if is_bundle(path) else detect(path)
     resolved = recipe.model_copy(update={"passes": steps})

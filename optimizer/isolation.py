@@ -28,6 +28,8 @@ from perwatt.errors import BackendError, PerwattError
 
 DEFAULT_TIMEOUT_S = 1800.0
 LAST_WORDS_BYTES = 2000
+MEMORY_SHARE = 0.9
+"""Of the machine's memory, what one worker may hold before it is ended instead of dragging the machine down."""
 
 
 class Worker:
@@ -35,7 +37,7 @@ class Worker:
 
     def __init__(self, name: str, *, memory_limit_bytes: int | None = None, on_progress: Callable[[str], None] | None = None) -> None:
         self.name = name
-        self.memory_limit_bytes = memory_limit_bytes
+        self.memory_limit_bytes = memory_limit_bytes or int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         self.on_progress = on_progress
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
@@ -55,6 +57,11 @@ class Worker:
         BackendError where it crashed or did not answer in time."""
         with self._turn:
             return self._ask(operation, timeout_s, parameters)
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
         """Start the process now. It ends with the thread that starts it, so start it where the run itself lives."""
@@ -112,8 +119,7 @@ class Worker:
             return self._process
         self._log = tempfile.TemporaryFile(mode="w+b")  # noqa: SIM115 (lives as long as the process)
         environment = {**os.environ, "PERWATT_WORKER": self.name, "PYTHONUNBUFFERED": "1"}
-        if self.memory_limit_bytes:
-            environment["PERWATT_MEMORY_LIMIT"] = str(self.memory_limit_bytes)
+        environment["PERWATT_MEMORY_LIMIT"] = str(self.memory_limit_bytes)
         # Answers have a pipe of their own: what libraries print from their first import on goes to the log.
         reading, writing = os.pipe()
         try:

@@ -37,6 +37,9 @@ class Effort:
     tight: float = 0.015
 
 
+CALL_TIMEOUT_S = 600.0
+"""A backend that takes longer for a few calls hangs, or is of no use."""
+
 SCREENING = Effort(window_s=0.1, warm_up_s=0.15, min_rounds=6, max_s=2.5, tight=0.025)
 
 
@@ -48,15 +51,19 @@ class Side:
         self.worker = worker
         self.facts: dict[str, Any] = {}
         self.windows: list[Window] = []
+        self.peak_memory_bytes: int | None = None
         self._prepared: Path | None = None
+        self._load: Callable[[], dict[str, Any]] = dict
 
     @classmethod
     def lowered(cls, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path, worker: Worker | None = None) -> Side:
         """Lower `artifact` in a worker of its own, or in `worker`, whose last program makes room for it."""
         side = cls(label, worker or Worker(label))
         side.worker.start()
+        model = str(artifact.file(folder))
+        side._load = lambda: side.worker.call("open", target=target, model=model, point=asdict(point))
         try:
-            side.facts = side.worker.call("open", target=target, model=str(artifact.file(folder)), point=asdict(point))
+            side.load()
         except BaseException:
             side.close()
             raise
@@ -65,33 +72,34 @@ class Side:
     @classmethod
     def eager(
         cls, exported: Path, artifact: Artifact, point: OperatingPoint, folder: Path
-    ) -> tuple[Side, Callable[[], None]]:
-        """Run torch eager in a worker; `open` loads the program, which takes a while and may be done meanwhile."""
+    ) -> Side:
+        """Run torch eager in a worker; `load()` takes a while, and may be called meanwhile, in another thread."""
         side = cls("torch eager", Worker("torch eager"))
         side.worker.start()
         model = str(artifact.file(folder))
+        side._load = lambda: side.worker.call("open_eager", exported=str(exported), model=model, point=asdict(point))
+        return side
 
-        def opened() -> None:
-            side.facts = side.worker.call("open_eager", exported=str(exported), model=model, point=asdict(point))
-
-        return side, opened
+    def load(self) -> None:
+        """Load the program into the worker, anew where the worker died."""
+        self.facts = self._load()
+        self._prepared = None
 
     def prepare(self, samples: Path, warm_up_s: float) -> None:
         """Load the calls and warm up; a side that did so already is warm."""
         if self._prepared != samples:
-            self.worker.call("prepare", samples=str(samples), warm_up_s=warm_up_s)
+            self.worker.call("prepare", timeout_s=CALL_TIMEOUT_S, samples=str(samples), warm_up_s=warm_up_s)
             self._prepared = samples
 
     def window(self, seconds: float) -> Window:
         """One more window of load."""
-        window = Window(**self.worker.call("drive", seconds=seconds))
+        window = Window(**self.worker.call("drive", timeout_s=CALL_TIMEOUT_S + 10 * seconds, seconds=seconds))
         self.windows.append(window)
         return window
 
-    def peak_memory_bytes(self) -> int | None:
-        """The highest resident memory of this side's process."""
-        found: int | None = self.worker.call("memory")["peak_memory_bytes"]
-        return found
+    def note_memory(self) -> None:
+        """Keep the highest resident memory of this side's process so far: inference, before anything else is asked."""
+        self.peak_memory_bytes = self.worker.call("memory")["peak_memory_bytes"]
 
     def close(self) -> None:
         """End the worker."""

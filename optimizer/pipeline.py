@@ -76,6 +76,8 @@ class Pipeline:
 
     def step(self, artifact: Artifact, made_by: Pass) -> tuple[Artifact, Row]:
         """One pass: run it, check it, keep it or roll it back."""
+        if self.context.deadline is not None and time.monotonic() > self.context.deadline:
+            return artifact, Row(made_by.name(), made_by.settings(), "refused", "out of time")
         self.context.progress(made_by.name())
         start = time.perf_counter()
         row = Row(made_by.name(), made_by.settings(), "refused")

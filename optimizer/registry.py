@@ -52,7 +52,7 @@ def _class(kind: Kind, name: str, base: type) -> Any:
         raise InputError(nearest(name, known, kind.removesuffix("es") if kind == "passes" else "target"))
     where = found[name]
     if isinstance(where, EntryPoint):
-        return where.load()
+        return _third_party(kind, where, base)
     module = importlib.import_module(where)
     classes = [
         member
@@ -62,6 +62,21 @@ def _class(kind: Kind, name: str, base: type) -> Any:
     if len(classes) != 1:
         raise PerwattError(f"{where} must define exactly one {base.__name__}, it defines {len(classes)}")
     return classes[0]
+
+
+def _third_party(kind: Kind, entry: EntryPoint, base: Any) -> Any:
+    """What another package brings. Raises InputError where it can't be loaded or goes by another name than it says."""
+    owner = entry.dist.name if entry.dist is not None else entry.value
+    try:
+        loaded: Any = entry.load()
+    except Exception as error:
+        raise InputError(f"{entry.name!r} of {owner} can't be loaded: {type(error).__name__}: {error}") from error
+    if not (inspect.isclass(loaded) and issubclass(loaded, base)):
+        raise InputError(f"{entry.name!r} of {owner} is no {base.__name__}")
+    found: Any = loaded
+    if found.name() != entry.name:
+        raise InputError(f"{owner} calls {kind} {entry.name!r} what calls itself {found.name()!r}: name the file after it")
+    return found
 
 
 def pass_class(name: str) -> type[Pass]:
@@ -120,7 +135,7 @@ def bind(step: PassStep) -> Pass:
 def default_steps(budget_and_training: bool = False) -> list[PassStep | OneOf]:
     """The default pipeline, assembled from what each pass says of itself: stage by stage, `after` respected, those of
     the stage PRECISION as alternatives."""
-    classes = {name: pass_class(name) for name in names("passes")}
+    classes = loadable_passes()
     chosen = {
         name: cls
         for name, cls in classes.items()
@@ -134,6 +149,18 @@ def default_steps(budget_and_training: bool = False) -> list[PassStep | OneOf]:
         else:
             steps += [PassStep(name=name) for name in here]
     return steps
+
+
+def loadable_passes() -> dict[str, type[Pass]]:
+    """All passes that can be loaded: a broken package of somebody else's is an error only for who names it."""
+    classes = {}
+    for name in names("passes"):
+        try:
+            classes[name] = pass_class(name)
+        except InputError:
+            if not isinstance(_found("passes")[name], EntryPoint):
+                raise
+    return classes
 
 
 def _ordered(classes: dict[str, type[Pass]]) -> list[str]:
@@ -204,8 +231,7 @@ def recipe_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "perwatt recipe"
     settings: dict[str, Any] = {}
-    for name in names("passes"):
-        cls = pass_class(name)
+    for name, cls in loadable_passes().items():
         entry = _settings_model(cls).model_json_schema()
         entry["description"] = (getattr(inspect.getmodule(cls), "__doc__", None) or "").strip().split("\n")[0]
         settings[name] = {"anyOf": [entry, {"type": "null"}]}
@@ -213,7 +239,7 @@ def recipe_schema() -> dict[str, Any]:
         schema["$defs"].pop(gone, None)
     one = {"type": "object", "properties": settings, "additionalProperties": False}
     one |= {"minProperties": 1, "maxProperties": 1}
-    schema["$defs"]["step"] = {"anyOf": [{"enum": names("passes")}, one]}
+    schema["$defs"]["step"] = {"anyOf": [{"enum": list(settings)}, one]}
     one_of = {
         "type": "object",
         "properties": {"one-of": {"type": "array", "items": {"$ref": "#/$defs/step"}, "minItems": 1}},

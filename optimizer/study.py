@@ -8,61 +8,41 @@ noise and the least gain, the answer is the original.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from perwatt import metrics, registry
+from perwatt import metrics
 from perwatt.artifact import Artifact
+from perwatt.bench.statistics import percentile
+from perwatt.candidates import (
+    Branch,
+    Candidate,
+    clearly_better,
+    cost_of,
+    gain_of,
+    leaves_float32,
+    ledger,
+    no_gain_text,
+    promising,
+    ratio_text,
+)  # fmt: skip
 from perwatt.contract import Capabilities, OperatingPoint
 from perwatt.data import Samples
 from perwatt.errors import BackendError, InputError
 from perwatt.isolation import Worker
 from perwatt.measurement import Ratio
 from perwatt.measuring import SCREENING, Effort, Side, interleave, ratios
-from perwatt.pipeline import Pipeline, Row
-from perwatt.recipe import Budget, OneOf, PassStep
+from perwatt.pipeline import Row
+from perwatt.recipe import Budget
 from perwatt.signature import Batch
 from perwatt.worker import load_outputs
 
 FINAL_TRIES = 2
 CLEARLY_WORSE = 1.1
 """A floating precision that costs the original more than this is not tried on other graphs."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A graph that the recipe's passes lead to, and how."""
-
-    artifact: Artifact
-    rows: tuple[Row, ...] = ()
-    lossy: bool = False
-
-    def applied(self) -> list[str]:
-        """Names of the passes that changed this graph."""
-        return [row.name for row in self.rows if row.status == "applied"]
-
-
-@dataclass
-class Candidate:
-    """A graph at an operating point, with what was found out about it."""
-
-    branch: Branch
-    point: OperatingPoint
-    verdict: Literal["shipped", "runner-up", "rejected"] = "runner-up"
-    reason: str = ""
-    ratios: dict[str, Ratio] = field(default_factory=dict)
-    drop: metrics.Comparison | None = None
-    p99_ms: float | None = None
-
-    @property
-    def name(self) -> str:
-        """What a person would call it: `quantize-int8, rest in bf16`."""
-        lossy = [name for name in self.branch.applied() if registry.pass_class(name).tolerance is None]
-        changed = self.branch.applied()
-        graph = ", ".join(lossy) or ("cleaned graph" if changed else "original graph")
-        return f"{graph}, floating point in {self.point.floating_precision or 'the default'}"
 
 
 @dataclass
@@ -101,29 +81,6 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
-def explore(pipeline: Pipeline, source: Artifact, steps: Sequence[PassStep | OneOf]) -> list[Branch]:
-    """All graphs worth considering: the lossless prefix, and every lossy branch of it. A lossy pass never replaces the
-    graph that it started from."""
-    branches = [Branch(source)]
-    for step in steps:
-        if isinstance(step, PassStep) and registry.pass_class(step.name).tolerance is not None:
-            branches = [_extended(pipeline, branch, step) for branch in branches]
-            continue
-        alternatives = step.steps if isinstance(step, OneOf) else [step]
-        tried = [_extended(pipeline, branch, other) for branch in branches for other in alternatives]
-        branches = [*branches, *tried]
-    return branches
-
-
-def _extended(pipeline: Pipeline, branch: Branch, step: PassStep) -> Branch:
-    made_by = registry.bind(step)
-    artifact, row = pipeline.step(branch.artifact, made_by)
-    lossy = made_by.tolerance is None and row.status == "applied"
-    if made_by.tolerance is None:
-        row.measured = {}
-    return Branch(artifact, (*branch.rows, row), branch.lossy or lossy)
-
-
 class Study:
     """One run over the candidates of one model on one target."""
 
@@ -142,12 +99,13 @@ class Study:
         folder: Path,
         eager: Side | None,
         effort: Effort,
+        deadline: float | None,
         progress: Callable[[float, str], None],
     ) -> None:
         self.target, self.capabilities, self.point, self.budget = target, capabilities, point, budget
         self.source, self.timing, self.folder, self.eager = source, timing, folder, eager
         self.select, self.evaluation, self.max_drop = select, evaluation, max_drop
-        self.effort, self.progress = effort, progress
+        self.effort, self.deadline, self.progress = effort, deadline, progress
         self.notes: list[str] = []
         self._screening = Worker("candidate")
 
@@ -196,11 +154,21 @@ class Study:
             candidate.p99_ms = _p99(side)
         except BackendError as error:
             candidate.verdict, candidate.reason = "rejected", str(error)
+            if not baseline.worker.running:
+                # It was the original's worker that died: the next candidate wants a living one to compare with.
+                baseline.load()
 
     def choose_baseline(self) -> tuple[Candidate, Side, list[Candidate]]:
         """The original at its best permitted floating precision; the backend's own default unless another is better."""
         default = Candidate(Branch(self.source), self._at(self.capabilities.floating_precisions[0]))
         side = self._open("original", default)
+        try:
+            return self._chosen_baseline(default, side)
+        except BaseException:
+            side.close()
+            raise
+
+    def _chosen_baseline(self, default: Candidate, side: Side) -> tuple[Candidate, Side, list[Candidate]]:
         permitted = True
         if self.select is not None:
             comparison = self._judge(default, side, self.select)
@@ -212,14 +180,16 @@ class Study:
             other = Candidate(Branch(self.source), self._at(precision))
             self.screen(other, side)
             others.append(other)
-        best = min((o for o in others if o.ratios and o.verdict != "rejected"), key=_cost, default=None)
-        if best is not None and (not permitted or (_clearly_better(best, self.budget.min_gain))):
+        best = min((o for o in others if o.ratios and o.verdict != "rejected"), key=cost_of, default=None)
+        if best is not None and (not permitted or (clearly_better(best, self.budget.min_gain))):
             side.close()
             why = "the backend's default loses too much accuracy" if not permitted else "it is faster than the backend's default"
             self.notes.append(f"the original runs in {best.point.floating_precision}: {why}")
             best.reason = why
-            # Its figures were against the default, which is no longer what others are compared with.
-            best.ratios = {}
+            default.reason = default.reason or f"the original is better in {best.point.floating_precision}"
+            # These figures were against the default, which is no longer what others are compared with.
+            for other in others:
+                other.ratios = {}
             return best, self._open("original", best), [default, *others]
         return default, side, [default, *others]
 
@@ -227,7 +197,7 @@ class Study:
         """Each distinct graph at each floating precision worth trying."""
         slow = {
             c.point.floating_precision for c in originals
-            if c is not baseline and c.ratios and _cost(c) > CLEARLY_WORSE
+            if c is not baseline and c.ratios and cost_of(c) > CLEARLY_WORSE
         }  # fmt: skip
         seen = {(self.source.digest(), c.point.floating_precision) for c in originals}
         found = []
@@ -246,34 +216,53 @@ class Study:
     def run(self, branches: Sequence[Branch]) -> Result:
         """Screen, choose, measure again, judge again."""
         self.progress(0.0, "the original")
-        baseline, side, originals = self.choose_baseline()
         try:
-            found = self.candidates(branches, baseline, originals)
-            for number, candidate in enumerate(found):
-                self.progress(0.1 + 0.5 * number / max(1, len(found)), candidate.name)
-                self.screen(candidate, side)
+            baseline, side, originals = self.choose_baseline()
+            try:
+                found = self.candidates(branches, baseline, originals)
+                for number, candidate in enumerate(found):
+                    self.progress(0.1 + 0.5 * number / max(1, len(found)), candidate.name)
+                    if self._out_of_time():
+                        candidate.verdict, candidate.reason = "rejected", "not tried: out of time"
+                    else:
+                        self.screen(candidate, side)
+                baseline.p99_ms = _p99(side)
+            finally:
+                side.close()
         finally:
-            side.close()
             self._screening.close()
         for candidate in found:
-            self._permit(candidate)
-        hopeful = sorted((c for c in found if c.verdict != "rejected" and _gain(c).value), key=_cost)
+            self._permit(candidate, baseline)
+        hopeful = sorted((c for c in found if c.verdict != "rejected" and gain_of(c).value), key=cost_of)
         result = self._final(baseline, hopeful, [*(o for o in originals if o is not baseline), *found])
         result.rows = ledger(branches, result.winner, found)
         result.notes = [*self.notes, *result.notes]
         return result
 
-    def _permit(self, candidate: Candidate) -> None:
+    def _out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _too_late(self, p99_ms: float | None) -> bool:
+        """Whether the p99 latency misses the budget."""
+        return self.budget.p99_ms is not None and p99_ms is not None and p99_ms > self.budget.p99_ms
+
+    def _permit(self, candidate: Candidate, baseline: Candidate) -> None:
         """Reject what may not be shipped, whatever its speed."""
         if candidate.verdict == "rejected":
             return
-        if self.budget.p99_ms is not None and candidate.p99_ms is not None and candidate.p99_ms > self.budget.p99_ms:
-            candidate.verdict = "rejected"
-            candidate.reason = f"p99 latency {candidate.p99_ms:.2f} ms, {self.budget.p99_ms:g} ms allowed"
+        if self._too_late(candidate.p99_ms):
+            candidate.verdict, candidate.reason = "rejected", self._late_text(candidate.p99_ms)
         elif candidate.branch.lossy and self.evaluation is None:
             candidate.verdict, candidate.reason = "rejected", "accuracy unknown: there are no samples to judge it on"
-        elif not _promising(candidate, self.budget.min_gain):
-            candidate.verdict, candidate.reason = "rejected", no_gain_text(_gain(candidate), self.budget.min_gain)
+        elif self._too_late(baseline.p99_ms):
+            # Where the original is too slow for its budget, being in time is gain enough.
+            return
+        elif not promising(candidate, self.budget.min_gain):
+            candidate.verdict, candidate.reason = "rejected", no_gain_text(gain_of(candidate), self.budget.min_gain)
+
+    def _late_text(self, p99_ms: float | None) -> str:
+        over = (p99_ms or 0.0) - (self.budget.p99_ms or 0.0)
+        return f"p99 latency is {p99_ms:.2f} ms, {over:.2f} ms over the {self.budget.p99_ms:g} ms allowed"
 
     def _final(self, baseline: Candidate, hopeful: Sequence[Candidate], considered: list[Candidate]) -> Result:
         tried: dict[str, Side] | None = None
@@ -289,6 +278,8 @@ class Study:
                 continue
             try:
                 problem, comparison, score = self._confirm(candidate, sides)
+            except BackendError as error:
+                problem, comparison, score = str(error), None, None
             except BaseException:
                 self._close(sides)
                 raise
@@ -313,6 +304,7 @@ class Study:
                     self.eager.prepare(self.timing, 0.0)
                     sides["torch eager"] = self.eager
                 except BackendError as error:
+                    self.eager.close()
                     self.eager = None
                     self.notes.append(f"torch eager could not be measured: {error}")
             if winner is not baseline:
@@ -321,6 +313,8 @@ class Study:
                 list(sides.values()), self.timing, effort, lambda share: self.progress(0.6 + 0.35 * share, "measuring"),
                 self._hopeless,
             )  # fmt: skip
+            for side in sides.values():
+                side.note_memory()
         except BaseException:
             self._close(sides)
             raise
@@ -336,12 +330,15 @@ class Study:
         """Why this candidate is not shipped after all (None where it is), with its accuracy on all evaluation samples."""
         side = sides["optimized"]
         measured = ratios(side, sides["original"])
-        gain = _gain_of(sides)
-        if gain.low is None or gain.value is None or gain.low <= 1 or gain.value < 1 + self.budget.min_gain:
+        gain, p99 = _gain_of(sides), _p99(side)
+        if self._too_late(p99):
+            return self._late_text(p99), None, None
+        small = gain.low is None or gain.value is None or gain.low <= 1 or gain.value < 1 + self.budget.min_gain
+        if small and not self._too_late(_p99(sides["original"])):
             return no_gain_text(gain, self.budget.min_gain), None, None
         throughput = measured["throughput_per_s"]
         if throughput.high is not None and throughput.high < 1:
-            return f"fewer CPU seconds, but slower: {_ratio_text(throughput)} of the throughput", None, None
+            return f"fewer CPU seconds, but slower: {ratio_text(throughput)} of the throughput", None, None
         if self.evaluation is None:
             return None, None, None
         comparison, score = self._evaluate(side)
@@ -370,7 +367,7 @@ class Study:
         baseline.verdict = "shipped"
         comparison, score = self._evaluate(sides["original"]) if self.evaluation is not None else (None, None)
         baseline.reason = baseline.reason or "the original is the answer"
-        best = min((c for c in considered if c.ratios), key=_cost, default=None)
+        best = min((c for c in considered if c.ratios), key=cost_of, default=None)
         reason = "nothing was better than the original beyond the noise"
         if best is not None and best.reason:
             reason = f"the best other answer ({best.name}) is not shipped: {best.reason}"
@@ -389,61 +386,13 @@ class Study:
 
     def _budget_problem(self, result: Result) -> str | None:
         """Which constraint the shipped program misses, and by how much."""
-        side = result.sides.get("optimized", result.sides["original"])
-        p99 = _p99(side)
-        if self.budget.p99_ms is not None and p99 is not None and p99 > self.budget.p99_ms:
-            return f"p99 latency is {p99:.2f} ms, {p99 - self.budget.p99_ms:.2f} ms over the {self.budget.p99_ms:g} ms allowed"
+        p99 = _p99(result.sides.get("optimized", result.sides["original"]))
+        if self._too_late(p99):
+            return self._late_text(p99)
         changed = result.winner is not result.baseline
         if result.comparison is not None and self._too_much(result.comparison, final=changed) and self.evaluation is not None:
             return self._drop_text(result.comparison, self.evaluation)
         return None
-
-
-def ledger(branches: Sequence[Branch], winner: Candidate, found: Sequence[Candidate]) -> list[Row]:
-    """The winner's rows, and those of the branches that were not chosen, each once, with what was measured."""
-    told: set[int] = set()
-    rows: list[Row] = []
-    shipped = {id(row) for row in winner.branch.rows}
-    # The winner's own order first; then what else was tried.
-    for branch in [winner.branch, *branches]:
-        for row in branch.rows:
-            if id(row) in told:
-                continue
-            told.add(id(row))
-            about = [c for c in found if any(row is other for other in c.branch.rows)]
-            if row.measured is not None:
-                _credit(row, about)
-            rows.append(row if id(row) in shipped else _not_chosen(row, winner, about))
-    return rows
-
-
-def _credit(row: Row, about: Sequence[Candidate]) -> None:
-    """What a lossy pass brought at its best operating point."""
-    best = min((c for c in about if c.ratios), key=_cost, default=None)
-    if best is None:
-        row.measured = None
-        return
-    gain = _gain(best)
-    row.measured = {
-        "inferences_per_cpu_s_ratio": {"value": gain.value, "low": gain.low, "high": gain.high},
-        "floating_precision": best.point.floating_precision,
-        "accuracy_drop": best.drop.drop if best.drop else None,
-    }
-
-
-def _not_chosen(row: Row, winner: Candidate, about: Sequence[Candidate]) -> Row:
-    if row.status != "applied":
-        return row
-    # A lossless pass answers for its own graph, not for what a lossy pass made of it.
-    judged = [c for c in about if c.reason and (row.measured is not None or not c.branch.lossy)]
-    best = min(judged, key=_cost, default=None)
-    return replace(row, status="not-chosen", reason=best.reason if best else f"{winner.name} is better")
-
-
-def leaves_float32(artifact: Artifact) -> bool:
-    """Whether the graph leaves anything in float32 for the operating point to decide."""
-    values = artifact.model.graph.initializers.values()
-    return any(v.const_value is not None and v.const_value.dtype.name == "FLOAT" for v in values) or not values
 
 
 def check_original(evaluation: Evaluation, expect_percent: float | None) -> None:
@@ -459,47 +408,9 @@ def check_original(evaluation: Evaluation, expect_percent: float | None) -> None
         raise InputError(f"the original {chance}")
 
 
-def _gain(candidate: Candidate) -> Ratio:
-    found = candidate.ratios.get("cpu_s_per_inference")
-    return found.inverse() if found is not None else Ratio(None)
-
-
 def _gain_of(sides: dict[str, Side]) -> Ratio:
     return ratios(sides["optimized"], sides["original"])["cpu_s_per_inference"].inverse()
 
 
-def _cost(candidate: Candidate) -> float:
-    found = candidate.ratios.get("cpu_s_per_inference")
-    return found.value if found is not None and found.value is not None else float("inf")
-
-
-def _promising(candidate: Candidate, min_gain: float) -> bool:
-    """Whether screening leaves open that the least gain is there."""
-    gain = _gain(candidate)
-    return gain.value is not None and (gain.high or gain.value) >= 1 + min_gain and gain.value > 1
-
-
-def _clearly_better(candidate: Candidate, min_gain: float) -> bool:
-    gain = _gain(candidate)
-    return gain.low is not None and gain.value is not None and gain.low > 1 and gain.value >= 1 + min_gain
-
-
-def no_gain_text(gain: Ratio, min_gain: float) -> str:
-    """Why a gain is not worth shipping."""
-    if gain.value is None:
-        return "its speed could not be measured"
-    if gain.value <= 1:
-        return f"no gain: {_ratio_text(gain)} of the original's inferences per CPU second"
-    return f"gain too small or too uncertain: {_ratio_text(gain)} of the original's inferences per CPU second, {min_gain:.0%} is the least worth keeping"
-
-
-def _ratio_text(ratio: Ratio) -> str:
-    if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.2f}×"
-    return f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"
-
-
 def _p99(side: Side) -> float | None:
-    from perwatt.bench.statistics import percentile
-
     return percentile([latency for window in side.windows for latency in window.latencies_ms], 0.99)

@@ -59,9 +59,9 @@ def _copy_model(run: Run, folder: Path) -> None:
 
 
 def _copy_assets(run: Run, folder: Path) -> None:
-    if run.reading.assets:
+    if run.prepared.reading.assets:
         (folder / "tokenizer").mkdir()
-    for asset in run.reading.assets:
+    for asset in run.prepared.reading.assets:
         shutil.copy(asset, folder / "tokenizer" / asset.name)
 
 
@@ -86,11 +86,11 @@ def _sizes(run: Run, target: str) -> dict[str, int]:
 def resolved(run: Run) -> recipes.Recipe:
     """The recipe with what was decided spelled out: passes and metric."""
     data = run.recipe.data
-    if run.evaluation is not None and data.metric is None:
-        data = data.model_copy(update={"metric": run.evaluation.metric.name})
+    if run.prepared.evaluation is not None and data.metric is None:
+        data = data.model_copy(update={"metric": run.prepared.evaluation.metric.name})
     budget = run.recipe.budget
-    if budget.max_drop is None and run.evaluation is not None:
-        budget = budget.model_copy(update={"max_drop": run.max_drop})
+    if budget.max_drop is None and run.prepared.evaluation is not None:
+        budget = budget.model_copy(update={"max_drop": run.prepared.max_drop})
     return run.recipe.model_copy(update={"passes": run.steps, "data": data, "budget": budget})
 
 
@@ -99,11 +99,11 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
     result, sides = run.result, run.result.sides
     original = sides["original"]
     shipped = sides.get("optimized", original)
-    energy = run.facts["energy"]
-    peaks = {label: side.peak_memory_bytes() for label, side in sides.items()}
+    energy = run.energy
+    peaks = {label: side.peak_memory_bytes for label, side in sides.items()}
     comparison = result.comparison
     score = result.score.value if result.score is not None else None
-    baseline_accuracy = run.evaluation.original.value if run.evaluation is not None else None
+    baseline_accuracy = run.prepared.evaluation.original.value if run.prepared.evaluation is not None else None
 
     def side_figures(label: str, accuracy: float | None) -> dict[str, Any]:
         side = sides[label]
@@ -141,23 +141,35 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
             "candidates": [_candidate(c) for c in result.candidates],
             "energy": energy,
             "measuring": _measuring(original),
-            "data": run.facts["data"],
+            "data": data_facts(run),
             "notes": list(dict.fromkeys(result.notes)),
             "last_word": best_lossy,
         }
     )
 
 
+def data_facts(run: Run) -> dict[str, Any]:
+    """Samples of each role, and how many of those that judge took no part in choosing."""
+    roles, samples = run.prepared.roles, run.prepared.samples
+    real = bool(roles.sources) or roles.calibrate is not None or roles.select is not None
+    return {
+        "synthetic": not real,
+        "samples": {role: len(found) for role, found in samples.items() if role not in ("check", "timing")},
+        "unseen": len(roles.confirm) if roles.confirm is not None else 0,
+        "metric": run.recipe.data.metric,
+    }
+
+
 def _model_facts(run: Run) -> dict[str, Any]:
-    signature = run.reading.artifact.signature
+    signature = run.prepared.reading.artifact.signature
     return {
         "name": model_name(run.recipe),
         "path": run.recipe.model.path,
-        "format": run.reading.format,
-        "digest": run.reading.artifact.digest(),
+        "format": run.prepared.reading.format,
+        "digest": run.prepared.reading.artifact.digest(),
         "inputs": [str(spec) for spec in signature.inputs],
         "outputs": [str(spec) for spec in signature.outputs],
-        "weights_bytes": run.reading.artifact.size_bytes(),
+        "weights_bytes": run.prepared.reading.artifact.size_bytes(),
     }
 
 
@@ -168,8 +180,8 @@ def _target_facts(run: Run, side: Side) -> dict[str, Any]:
         "device": side.facts["device"],
         "scenario": run.recipe.target.scenario,
         "batch": side.facts["operating_point"]["batch"],
-        "versions": run.target["versions"],
-        "isa": list(run.capabilities.isa),
+        "versions": run.prepared.target["versions"],
+        "isa": list(run.prepared.capabilities.isa),
     }
 
 
@@ -193,14 +205,14 @@ def _ratio_figures(ours: Side, theirs: Side, sizes: dict[str, int], peaks: dict[
 
 
 def _accuracy(run: Run) -> dict[str, Any]:
-    comparison, evaluation, result = run.result.comparison, run.evaluation, run.result
+    comparison, evaluation, result = run.result.comparison, run.prepared.evaluation, run.result
     assert comparison is not None and evaluation is not None and result.score is not None
     return {
         "metric": evaluation.metric.name,
         "unit": evaluation.metric.unit,
         "higher_is_better": evaluation.metric.higher_is_better,
         "n": comparison.n,
-        "n_unseen": run.facts["data"]["unseen"],
+        "n_unseen": data_facts(run)["unseen"],
         "original": evaluation.original.value,
         "optimized": result.score.value,
         "drop": comparison.drop,
@@ -208,7 +220,7 @@ def _accuracy(run: Run) -> dict[str, Any]:
         "high": comparison.high if math.isfinite(comparison.high) else None,
         "flips_lost": comparison.flips_lost,
         "flips_gained": comparison.flips_gained,
-        "max_drop": run.max_drop,
+        "max_drop": run.prepared.max_drop,
         "original_as_run": result.original_as_run,
     }
 
@@ -263,10 +275,10 @@ def _last_word(run: Run) -> str | None:
     best = min(faster, key=lambda c: c.ratios["cpu_s_per_inference"].value or 9)
     gain = best.ratios["cpu_s_per_inference"].inverse().value
     name = best.branch.applied()[-1]
-    if run.evaluation is None:
+    if run.prepared.evaluation is None:
         return f"{name} would be {gain:.1f}× (speed measured, accuracy unknown): give about 100 samples with --data"
-    if best.drop is not None and best.drop.drop > run.max_drop:
-        unit = " points" if run.evaluation.metric.unit == "fraction" else ""
+    if best.drop is not None and best.drop.drop > run.prepared.max_drop:
+        unit = " points" if run.prepared.evaluation.metric.unit == "fraction" else ""
         return f"{name} would be {gain:.1f}× at {best.drop.drop:.2f}{unit} lost: --max-drop {best.drop.drop:.2f} would allow it"
     return None
 
@@ -277,8 +289,8 @@ def lock(run: Run, folder: Path) -> dict[str, Any]:
     return {
         "lock_version": 1,
         "model": {"name": model_name(run.recipe), "path": run.recipe.model.path, "sha256": digest_of(model),
-                  "artifact": run.reading.artifact.digest()},
-        "data": dict(run.roles.sources),
+                  "artifact": run.prepared.reading.artifact.digest()},
+        "data": dict(run.prepared.roles.sources),
         "recipe": resolved(run).model_dump(mode="json"),
         "decisions": {
             "outcome": run.result.outcome,
@@ -288,7 +300,7 @@ def lock(run: Run, folder: Path) -> dict[str, Any]:
         },
         "seeds": {"seed": run.recipe.seed},
         "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "isa": list(run.capabilities.isa),
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "isa": list(run.prepared.capabilities.isa),
                      "device": run.result.sides["original"].facts["device"]},
         "outputs": {str(p.relative_to(folder)): digest_of(p) for p in sorted(folder.rglob("*")) if p.is_file()},
     }  # fmt: skip

@@ -48,9 +48,8 @@ def resnet(depth: int, form: str, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def network(depth: int) -> Any:
     """The trained network as a torch module, in eval mode."""
-    from safetensors.torch import load_file
-
     import nets
+    from safetensors.torch import load_file
 
     net = getattr(nets, f"resnet{depth}")()
     net.load_state_dict(load_file(DATA / "cifar10_resnet" / f"resnet{depth}.safetensors"), strict=False)

@@ -13,6 +13,7 @@ import pytest
 
 from perwatt import metrics, study
 from perwatt.artifact import Artifact
+from perwatt.candidates import Branch
 from perwatt.contract import Capabilities, OperatingPoint
 from perwatt.data import Samples
 from perwatt.errors import BackendError
@@ -20,7 +21,7 @@ from perwatt.measurement import Window
 from perwatt.measuring import Effort
 from perwatt.pipeline import Row
 from perwatt.recipe import Budget
-from perwatt.study import Branch, Evaluation, Result, Study
+from perwatt.study import Evaluation, Result, Study
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import conv_net

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 import pickle
 import re
@@ -231,6 +232,8 @@ def test_a_section_whose_keys_are_all_commented_out_counts_as_not_given(here: Pa
 
 def test_data_beside_eval_calibrates_and_eval_judges(here: Path, call) -> None:
     (here / "r.yaml").write_text("model: {path: net.onnx}\ndata: {all: all.npz}\n")
+    for name in ("all", "c", "e"):
+        shutil.copy(here / "samples.npz", here / f"{name}.npz")
     for line in ("net.onnx --data c.npz --eval e.npz", "--config r.yaml --data c.npz --eval e.npz"):
         data = json.loads(call(*line.split(), "--dry-run", "--json").stdout)["recipe"]["data"]
         assert (data["all"], data["calibrate"], data["eval"]) == (None, "c.npz", "e.npz")

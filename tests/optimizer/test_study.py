@@ -12,11 +12,12 @@ import pytest
 
 from perwatt import study
 from perwatt.artifact import Artifact
+from perwatt.candidates import Candidate, explore
 from perwatt.contract import OperatingPoint
 from perwatt.measurement import Ratio
 from perwatt.pipeline import Row
 from perwatt.recipe import Budget, OneOf, PassStep
-from perwatt.study import Candidate, Result, explore
+from perwatt.study import Result
 
 sys.path.insert(0, str(Path(__file__).parent))
 from scripted import CLEAN, GRAPHS, JUDGED_ON, NAMES, SOURCE, Play, Stage, lossy

@@ -1,0 +1,158 @@
+"""Candidates: the graphs that a recipe's passes lead to, each at an operating point, and what was found out about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from perwatt import metrics, registry
+from perwatt.artifact import Artifact
+from perwatt.contract import OperatingPoint
+from perwatt.measurement import Ratio
+from perwatt.pipeline import Pipeline, Row
+from perwatt.recipe import OneOf, PassStep
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A graph that the recipe's passes lead to, and how."""
+
+    artifact: Artifact
+    rows: tuple[Row, ...] = ()
+    lossy: bool = False
+
+    def applied(self) -> list[str]:
+        """Names of the passes that changed this graph."""
+        return [row.name for row in self.rows if row.status == "applied"]
+
+
+@dataclass
+class Candidate:
+    """A graph at an operating point, with what was found out about it."""
+
+    branch: Branch
+    point: OperatingPoint
+    verdict: Literal["shipped", "runner-up", "rejected"] = "runner-up"
+    reason: str = ""
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+    drop: metrics.Comparison | None = None
+    p99_ms: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What a person would call it: `quantize-int8, rest in bf16`."""
+        lossy = [name for name in self.branch.applied() if registry.pass_class(name).tolerance is None]
+        changed = self.branch.applied()
+        graph = ", ".join(lossy) or ("cleaned graph" if changed else "original graph")
+        return f"{graph}, floating point in {self.point.floating_precision or 'the default'}"
+
+
+def explore(pipeline: Pipeline, source: Artifact, steps: Sequence[PassStep | OneOf]) -> list[Branch]:
+    """All graphs worth considering: the lossless prefix, and every lossy branch of it. A lossy pass never replaces the
+    graph that it started from."""
+    branches = [Branch(source)]
+    for step in steps:
+        if isinstance(step, PassStep) and registry.pass_class(step.name).tolerance is not None:
+            branches = [_extended(pipeline, branch, step) for branch in branches]
+            continue
+        alternatives = step.steps if isinstance(step, OneOf) else [step]
+        tried = [_extended(pipeline, branch, other) for branch in branches for other in alternatives]
+        branches = [*branches, *tried]
+    return branches
+
+
+def _extended(pipeline: Pipeline, branch: Branch, step: PassStep) -> Branch:
+    made_by = registry.bind(step)
+    artifact, row = pipeline.step(branch.artifact, made_by)
+    lossy = made_by.tolerance is None and row.status == "applied"
+    if made_by.tolerance is None:
+        row.measured = {}
+    return Branch(artifact, (*branch.rows, row), branch.lossy or lossy)
+
+
+def ledger(branches: Sequence[Branch], winner: Candidate, found: Sequence[Candidate]) -> list[Row]:
+    """The winner's rows, and those of the branches that were not chosen, each once, with what was measured."""
+    told: set[int] = set()
+    rows: list[Row] = []
+    shipped = {id(row) for row in winner.branch.rows}
+    # The winner's own order first; then what else was tried.
+    for branch in [winner.branch, *branches]:
+        for row in branch.rows:
+            if id(row) in told:
+                continue
+            told.add(id(row))
+            about = [c for c in found if any(row is other for other in c.branch.rows)]
+            if row.measured is not None:
+                _credit(row, about)
+            rows.append(row if id(row) in shipped else _not_chosen(row, winner, about))
+    return rows
+
+
+def _credit(row: Row, about: Sequence[Candidate]) -> None:
+    """What a lossy pass brought at its best operating point."""
+    best = min((c for c in about if c.ratios), key=cost_of, default=None)
+    if best is None:
+        row.measured = None
+        return
+    gain = gain_of(best)
+    row.measured = {
+        "inferences_per_cpu_s_ratio": {"value": gain.value, "low": gain.low, "high": gain.high},
+        "floating_precision": best.point.floating_precision,
+        "accuracy_drop": best.drop.drop if best.drop else None,
+    }
+
+
+def _not_chosen(row: Row, winner: Candidate, about: Sequence[Candidate]) -> Row:
+    if row.status != "applied":
+        return row
+    # A lossless pass answers for its own graph, not for what a lossy pass made of it.
+    judged = [c for c in about if c.reason and (row.measured is not None or not c.branch.lossy)]
+    best = min(judged, key=cost_of, default=None)
+    return replace(row, status="not-chosen", reason=best.reason if best else f"{winner.name} is better")
+
+
+def leaves_float32(artifact: Artifact) -> bool:
+    """Whether the graph leaves anything in float32 for the operating point to decide."""
+    values = artifact.model.graph.initializers.values()
+    return any(v.const_value is not None and v.const_value.dtype.name == "FLOAT" for v in values) or not values
+
+
+def gain_of(candidate: Candidate) -> Ratio:
+    """Original ÷ candidate in CPU seconds per inference; above 1 the candidate does more."""
+    found = candidate.ratios.get("cpu_s_per_inference")
+    return found.inverse() if found is not None else Ratio(None)
+
+
+def cost_of(candidate: Candidate) -> float:
+    """Candidate ÷ original in CPU seconds per inference; infinite where it was not measured."""
+    found = candidate.ratios.get("cpu_s_per_inference")
+    return found.value if found is not None and found.value is not None else float("inf")
+
+
+def promising(candidate: Candidate, min_gain: float) -> bool:
+    """Whether screening leaves open that the least gain is there."""
+    gain = gain_of(candidate)
+    return gain.value is not None and (gain.high or gain.value) >= 1 + min_gain and gain.value > 1
+
+
+def clearly_better(candidate: Candidate, min_gain: float) -> bool:
+    """Whether the interval lies above 1 and the estimate holds the least gain."""
+    gain = gain_of(candidate)
+    return gain.low is not None and gain.value is not None and gain.low > 1 and gain.value >= 1 + min_gain
+
+
+def no_gain_text(gain: Ratio, min_gain: float) -> str:
+    """Why a gain is not worth shipping."""
+    if gain.value is None:
+        return "its speed could not be measured"
+    if gain.value <= 1:
+        return f"no gain: {ratio_text(gain)} of the original's inferences per CPU second"
+    return f"gain too small or too uncertain: {ratio_text(gain)} of the original's inferences per CPU second, {min_gain:.0%} is the least worth keeping"
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """`1.10× [1.07, 1.13]`."""
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.2f}×"
+    return f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"

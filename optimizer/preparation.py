@@ -1,0 +1,256 @@
+"""Everything before the first pass: the target, the model as read, its data, and what the original makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perwatt import datasets, metrics
+from perwatt.artifact import Artifact
+from perwatt.bundle import is_bundle
+from perwatt.contract import Capabilities, OperatingPoint, Tolerance
+from perwatt.data import Samples
+from perwatt.drift import drift
+from perwatt.errors import BackendError, InputError, PerwattError, TargetError
+from perwatt.isolation import Worker
+from perwatt.measuring import Side
+from perwatt.pipeline import Row, finite_drift
+from perwatt.reading import Reading, read
+from perwatt.recipe import Recipe
+from perwatt.signature import Batch
+from perwatt.study import Evaluation, check_original
+from perwatt.synthetic import synthetic
+from perwatt.worker import capabilities_from_json, load_outputs
+
+CHECKED_SAMPLES = 16
+"""Samples on which drift is measured after every pass."""
+
+OFFLINE_BATCH = 32
+
+SOURCE_TOLERANCE = Tolerance(atol=1e-3, rtol=1e-2)
+"""Between a source and the artifact read from it; a mistake in reading is orders of magnitude beyond rounding."""
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Prepared:
+    """What is known before the first pass. `saved` has the folder of each role's samples."""
+
+    target: dict[str, Any]
+    capabilities: Capabilities
+    reading: Reading
+    roles: datasets.Roles
+    samples: dict[str, Samples]
+    saved: dict[str, Path]
+    select: Evaluation | None
+    evaluation: Evaluation | None
+    max_drop: float
+    eager: Side | None
+    notes: list[str]
+
+    @property
+    def source(self) -> Artifact:
+        """The model as read."""
+        return self.reading.artifact
+
+
+def prepare(recipe: Recipe, folder: Path, checks: Worker, progress: Progress, cleanup: ExitStack) -> Prepared:
+    """Look at the target, read the model, open the data, judge the original. What must be closed goes into `cleanup`.
+
+    Raises PerwattError where any of them can't be used."""
+    progress(f"looking at the target {recipe.target.name}", 0.0)
+    target = checks.call("target", name=recipe.target.name)
+    if target["missing"]:
+        raise TargetError(f"target {recipe.target.name} can't be used here: {'; '.join(target['missing'])}")
+    meanwhile = ThreadPoolExecutor(max_workers=1)
+    cleanup.callback(meanwhile.shutdown, wait=False, cancel_futures=True)
+    # What the worker will need is imported while the model is read here; nothing is being measured yet.
+    meanwhile.submit(checks.call, "warm")
+    progress(f"reading {recipe.model.path}", 0.03)
+    reading = read_model(recipe, checks)
+    source = reading.artifact
+    progress("opening the data", 0.15)
+    roles = datasets.open_roles(
+        recipe.data, source.signature, raw_inputs=recipe.inputs, tokenizer=reading.tokenizer,
+        label2id=reading.label2id, seed=recipe.seed,
+    )  # fmt: skip
+    samples, notes = _samples(roles, source, recipe.seed)
+    saved = {role: found.save(folder / "samples" / role) for role, found in samples.items()}
+    _check_model(source, folder, checks)
+    progress("judging the original", 0.2)
+    eager, opened = _eager_side(reading, recipe, folder, meanwhile)
+    if eager is not None:
+        cleanup.callback(eager.close)
+    select, evaluation = _evaluations(recipe, roles, samples, saved, source, folder, checks)
+    try:
+        opened.result()
+    except BackendError as error:
+        notes.append(f"torch eager could not be measured: {error}")
+        eager = None
+    return Prepared(
+        target, capabilities_from_json(target["capabilities"]), reading, roles, samples, saved, select, evaluation,
+        _max_drop(recipe, evaluation), eager, [*roles.notes, *notes],
+    )  # fmt: skip
+
+
+def operating_point(recipe: Recipe) -> OperatingPoint:
+    """The point that the recipe asks for; the backend decides what it leaves open."""
+    target = recipe.target
+    batch = target.batch or (OFFLINE_BATCH if target.scenario == "offline" else 1)
+    return OperatingPoint(scenario=target.scenario, batch=batch, threads=target.threads)
+
+
+def read_model(recipe: Recipe, checks: Worker) -> Reading:
+    """The recipe's model; a bundle counts as the model in it."""
+    path = Path(recipe.model.path)
+    from_bundle = is_bundle(path)
+
+    def convert(model: Path, opset: int, out: Path) -> Path:
+        return Path(checks.call("convert", model=str(model), opset=opset, out=str(out))["model"])
+
+    reading = read(
+        path / "model.onnx" if from_bundle else path,
+        arch=recipe.model.arch,
+        arch_args=recipe.model.arch_args,
+        inputs=recipe.model.input,
+        example=datasets.peek(recipe.data),
+        trust=recipe.model.trust,
+        raw_inputs=recipe.inputs,
+        convert=convert,
+    )
+    if from_bundle and (path / "tokenizer").is_dir():
+        assets = tuple(sorted((path / "tokenizer").iterdir()))
+        return replace(reading, tokenizer=path / "tokenizer", assets=assets)
+    return reading
+
+
+def _samples(roles: datasets.Roles, source: Artifact, seed: int) -> tuple[dict[str, Samples], list[str]]:
+    """Samples for every role, synthetic ones where there are none."""
+    real = roles.calibrate or roles.select or roles.confirm
+    if real is None:
+        made = synthetic(source, seed=seed)
+        return {"calibrate": made, "check": made.take(CHECKED_SAMPLES, seed), "timing": made}, [
+            "no data: inputs are synthetic, so speed is measured and accuracy is not known"
+        ]
+    basis = roles.select or real
+    found = {
+        "calibrate": roles.calibrate or real,
+        "check": basis.take(CHECKED_SAMPLES, seed).without_labels(),
+        "timing": basis.without_labels(),
+    }
+    if roles.learn is not None:
+        found["learn"] = roles.learn
+    if roles.select is not None:
+        found["select"] = roles.select
+    if roles.evaluation is not None:
+        found["evaluation"] = roles.evaluation
+    return found, []
+
+
+def _check_model(source: Artifact, folder: Path, checks: Worker) -> None:
+    """The model must hold before anything is done to it. A crash of the checker names the model, not us."""
+    try:
+        problems = checks.call("check", model=str(source.file(folder)))["problems"]
+    except BackendError as error:
+        raise InputError(f"the model can't be checked: {error}") from None
+    # Custom operators and rare types fail the checker and run all the same; the lowering will tell.
+    serious = [p for p in problems if "No Op registered" not in p and "No opset import" not in p]
+    if serious:
+        raise InputError(f"the model is not valid ONNX: {serious[0]}")
+
+
+def _evaluations(recipe: Recipe, roles: datasets.Roles, samples: dict[str, Samples], saved: dict[str, Path],
+                 source: Artifact, folder: Path, checks: Worker) -> tuple[Evaluation | None, Evaluation | None]:  # fmt: skip
+    """What to choose with and what to judge with; stops where the original itself makes no sense on the data."""
+    if "evaluation" not in samples or "select" not in samples:
+        return None, None
+    outputs = _fp32_outputs(source, saved["evaluation"], folder, checks, recipe.target.name)
+    metric = metrics.resolve(recipe.data.metric, samples["evaluation"], outputs)
+    # The evaluation samples are the select samples and then the confirm samples, batch by batch.
+    first = outputs[: len(list(samples["select"]))]
+    found = [
+        Evaluation(metric, samples[role], saved[role], part, metric.score(part, samples[role], part))
+        for role, part in (("select", first), ("evaluation", outputs))
+    ]
+    check_original(found[1], recipe.data.expect)
+    return found[0], found[1]
+
+
+def _fp32_outputs(source: Artifact, samples: Path, folder: Path, checks: Worker, target: str) -> list[Batch]:
+    """The original in float32: by ONNX Runtime, else by the target itself."""
+    out = folder / f"fp32-{samples.name}"
+    try:
+        checks.call("reference", model=str(source.file(folder)), samples=str(samples), out=str(out), optimized=True)
+    except BackendError:
+        point = OperatingPoint(floating_precision="f32")
+        with Worker("float32 original") as worker:
+            worker.call("open", target=target, model=str(source.file(folder)), point=point.to_json())
+            worker.call("predict", samples=str(samples), out=str(out))
+    return load_outputs(out)
+
+
+def _max_drop(recipe: Recipe, evaluation: Evaluation | None) -> float:
+    if recipe.budget.max_drop is not None:
+        return recipe.budget.max_drop
+    if evaluation is None:
+        return 1.0
+    default = evaluation.metric.default_max_drop
+    return default if default is not None else 0.01 * abs(evaluation.original.value)
+
+
+def _eager_side(reading: Reading, recipe: Recipe, folder: Path, meanwhile: Executor) -> tuple[Side | None, Future[None]]:
+    """torch eager in a worker of its own, for row 0 and for the comparison, and when it will be open; None where its
+    inputs are not those that are fed."""
+    if reading.exported is None or recipe.inputs:
+        return None, meanwhile.submit(lambda: None)
+    import torch
+
+    path = folder / "eager.pt2"
+    torch.export.save(reading.exported, path)
+    side = Side.eager(path, reading.artifact, operating_point(recipe), folder)
+    return side, meanwhile.submit(side.load)
+
+
+def first_row(reading: Reading, ours: list[Batch] | str, source: Callable[[], list[Batch] | None]) -> Row:
+    """Row 0 of the ledger: the source model (`source()` runs it) against the first artifact, on the same samples.
+
+    Raises InputError where the artifact is not the model that was given."""
+    step = reading.artifact.steps[0]
+    row = Row("read", dict(step.settings), "applied", changes=list(step.changes) or ["as it is"])
+    try:
+        theirs = source()
+    except PerwattError as error:
+        row.reason = f"not compared with the source: {error}"
+        return row
+    if isinstance(ours, str) or theirs is None:
+        row.reason = f"not verified numerically: {ours}" if isinstance(ours, str) else "not compared with the source"
+        return row
+    measured = drift(theirs, ours, SOURCE_TOLERANCE)
+    row.drift = row.drift_from_original = finite_drift(measured)
+    if measured.reasons:
+        again = source()
+        if again is None or not drift(theirs, again, SOURCE_TOLERANCE).reasons:
+            words = "; ".join(measured.reasons)
+            raise InputError(f"the model as read is not the model as given: {words}", fix="please report it")
+        row.reason = "the source gives other outputs each time (dropout or random numbers), so it can't be compared"
+    return row
+
+
+def source_outputs(reading: Reading, check: Path, eager: Side | None, recipe: Recipe, folder: Path) -> list[Batch] | None:
+    """What the source itself gives on the checking samples: torch eager, or the ONNX file as it came."""
+    out = folder / "source-outputs"
+    if eager is not None:
+        eager.worker.call("predict", samples=str(check), out=str(out))
+    elif reading.format == "onnx" and not recipe.inputs:
+        path = Path(recipe.model.path)
+        path = path / "model.onnx" if path.is_dir() else path
+        with Worker("source") as worker:
+            worker.call("reference", model=str(path), samples=str(check), out=str(out))
+    else:
+        return None
+    return load_outputs(out)
