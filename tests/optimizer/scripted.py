@@ -46,6 +46,8 @@ class Play:
 class ScriptedWorker:
     """Answers `predict` with the script's classes."""
 
+    running = True
+
     def __init__(self, side: ScriptedSide) -> None:
         self.side = side
 
@@ -80,6 +82,12 @@ class ScriptedSide:
         latency = self.play.p99_ms or wall_s * 1e3
         self.windows.append(Window(100, 100 * wall_s, 100 * cpu_s, [latency] * 100))
         return self.windows[-1]
+
+    def load(self) -> None:
+        """A program that is scripted needs no loading."""
+
+    def note_memory(self) -> None:
+        self.peak_memory_bytes = None
 
     def close(self) -> None:
         self.closed = True
@@ -158,6 +166,7 @@ class Stage:
             folder=self.folder,
             eager=ScriptedSide("torch eager", self.eager, shared=True) if self.eager else None,
             effort=Effort(min_rounds=4, max_s=5),
+            deadline=None,
             progress=lambda share, text: None,
         )
 

@@ -88,10 +88,43 @@ def test_an_unknown_name_lists_the_nearest():
         registry.target("xyzzy")
 
 
-def test_third_parties_bring_theirs_by_entry_points(entries):
-    entries(EntryPoint("theirs", "perwatt.passes.remove_dead:RemoveDead", "perwatt.passes"))
+THEIRS = """
+from dataclasses import dataclass
+from perwatt.contract import Pass, Stage
+
+@dataclass(frozen=True)
+class Theirs(Pass):
+    \"\"\"No settings.\"\"\"
+
+    stage = Stage.CLEAN
+    in_default = True
+
+    def run(self, artifact, context):
+        return artifact, []
+"""
+
+
+def test_third_parties_bring_theirs_by_entry_points(entries, tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    entries(EntryPoint("theirs", "theirs:Theirs", "perwatt.passes"))
     assert "theirs" in registry.names("passes") and "theirs" not in registry.names("targets")
-    assert registry.pass_class("theirs").name() == "remove-dead"
+    assert registry.pass_class("theirs").name() == "theirs"
+    assert "theirs" in [step.name for step in registry.default_steps() if isinstance(step, PassStep)]
+
+
+def test_an_entry_point_by_another_name_than_its_file_is_refused(entries):
+    entries(EntryPoint("other", "perwatt.passes.remove_dead:RemoveDead", "perwatt.passes"))
+    with pytest.raises(InputError, match="calls passes 'other' what calls itself 'remove-dead'"):
+        registry.pass_class("other")
+
+
+def test_a_broken_package_of_somebody_elses_harms_only_who_names_it(entries):
+    entries(EntryPoint("broken", "no_such_module_here:P", "perwatt.passes"))
+    assert "broken" not in str(registry.default_steps())
+    assert "broken" not in str(registry.recipe_schema())
+    with pytest.raises(InputError, match="'broken' of no_such_module_here:P can't be loaded"):
+        registry.pass_class("broken")
 
 
 @pytest.mark.parametrize("name", ["remove-dead", "theirs"])

@@ -154,7 +154,7 @@ def test_a_candidate_beyond_the_latency_allowed_is_rejected(stage: Stage) -> Non
     stage.script = {("int8", "f32"): Play(0.3, p99_ms=2.5), ("clean", "f32"): Play(0.8)}
     result = stage.run(CLEAN, lossy("int8"))
     assert (result.outcome, graph(result.winner)) == ("optimized", "clean")
-    assert found(result, "int8").reason == "p99 latency 2.50 ms, 2 ms allowed"
+    assert found(result, "int8").reason == "p99 latency is 2.50 ms, 0.50 ms over the 2 ms allowed"
 
 
 def test_where_nothing_meets_the_latency_the_budget_is_not_met_and_the_best_is_kept(stage: Stage) -> None:
