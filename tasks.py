@@ -35,7 +35,9 @@ def set_up() -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything is installed)
         raise SystemExit("perwatt needs Python 3.11 or newer")
     stamp = VENV / ".perwatt-installed"
-    wanted = hashlib.sha256(b"".join((HERE / n).read_bytes() for n in ("pyproject.toml", "constraints.txt"))).hexdigest()
+    wanted = hashlib.sha256(
+        b"".join((HERE / n).read_bytes() for n in ("pyproject.toml", "constraints.txt"))
+    ).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return
     if not PYTHON.exists():

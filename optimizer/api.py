@@ -77,7 +77,11 @@ class Model:
         batch = {name: np.asarray(array, order="C") for name, array in inputs.items()}
         for spec in specs:
             given = batch.get(spec.name)
-            if given is not None and str(given.dtype) != spec.dtype and np.can_cast(given.dtype, spec.dtype, "same_kind"):
+            if (
+                given is not None
+                and str(given.dtype) != spec.dtype
+                and np.can_cast(given.dtype, spec.dtype, "same_kind")
+            ):
                 batch[spec.name] = given.astype(spec.dtype)
         problems = self.signature.problems(batch)
         if problems:

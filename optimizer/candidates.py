@@ -148,7 +148,8 @@ def no_gain_text(gain: Ratio, min_gain: float) -> str:
         return "its speed could not be measured"
     if gain.value <= 1:
         return f"no gain: {ratio_text(gain)} of the original's inferences per CPU second"
-    return f"gain too small or too uncertain: {ratio_text(gain)} of the original's inferences per CPU second, {min_gain:.0%} is the least worth keeping"
+    least = f"{min_gain:.0%} is the least worth keeping"
+    return f"gain too small or too uncertain: {ratio_text(gain)} of the original's inferences per CPU second, {least}"
 
 
 def ratio_text(ratio: Ratio) -> str:

@@ -38,7 +38,9 @@ Examples:
 class Program(click.Group):
     """`optimize MODEL …`: whatever is no subcommand is the main command."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] in self.commands:
             return super().resolve_command(ctx, args)
         return "run", self.commands["run"], args
@@ -69,7 +71,9 @@ class Program(click.Group):
                 "measures it against the original, and leaves a bundle that can be deployed without perwatt."
             )
         with formatter.section("Commands"):
-            formatter.write_dl([(name, c.get_short_help_str(80)) for name, c in sorted(self.commands.items()) if not c.hidden])
+            formatter.write_dl(
+                [(name, c.get_short_help_str(80)) for name, c in sorted(self.commands.items()) if not c.hidden]
+            )
         run.format_options(ctx, formatter)
         for block in (EXAMPLES, EXIT_CODES):
             formatter.write_paragraph()
@@ -92,10 +96,21 @@ def _complete_target(ctx: click.Context, param: click.Parameter, incomplete: str
 
 
 OPTIONS: list[Callable[[Any], Any]] = [
-    click.option("--target", "-t", shell_complete=_complete_target, help="Where it will run; see `optimize targets`.  [default: cpu]"),
+    click.option(
+        "--target",
+        "-t",
+        shell_complete=_complete_target,
+        help="Where it will run; see `optimize targets`.  [default: cpu]",
+    ),
     click.option("--config", "-c", type=click.Path(dir_okay=False), help="Recipe file; options override it."),
-    click.option("--data", metavar="PATH", help="Samples: .npz, folder of pictures, .csv/.tsv, or file.py:callable. Alone it serves everything and is split."),
-    click.option("--eval", "eval_", metavar="PATH", help="Labelled samples that accuracy is judged on; --data then calibrates."),
+    click.option(
+        "--data",
+        metavar="PATH",
+        help="Samples: .npz, folder of pictures, .csv/.tsv, or file.py:callable. Alone it serves everything and is split.",
+    ),
+    click.option(
+        "--eval", "eval_", metavar="PATH", help="Labelled samples that accuracy is judged on; --data then calibrates."
+    ),
     click.option("--train", metavar="PATH", help="Samples that passes may learn from."),
     click.option("--image", metavar="N|HxW", help="Picture size that the model takes."),
     click.option("--resize", type=int, help="Shorter side before the centre crop."),
@@ -105,18 +120,43 @@ OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--metric", help="top1, top5, mse, cosine, agreement, or file.py:callable.  [default: by the labels]"),
     click.option("--expect", type=float, metavar="PERCENT", help="Stop unless the original scores this."),
     click.option("--max-samples", type=int, help="Use at most this many samples of each set."),
-    click.option("--max-drop", type=float, metavar="POINTS", help="Accuracy that may be lost: points, or metric units.  [default: 1.0]"),
-    click.option("--prove-accuracy", is_flag=True, default=None, help="The interval's bound must hold the budget, not the estimate."),
+    click.option(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="Accuracy that may be lost: points, or metric units.  [default: 1.0]",
+    ),
+    click.option(
+        "--prove-accuracy",
+        is_flag=True,
+        default=None,
+        help="The interval's bound must hold the budget, not the estimate.",
+    ),
     click.option("--p99", metavar="TIME", help="Latency that 99 % of calls must stay under, as 20ms."),
     click.option("--min-gain", metavar="SHARE", help="Least gain worth shipping.  [default: 3%]"),
     click.option("--time", metavar="TIME", help="Time budget of the run, as 90s, 10m."),
-    click.option("--passes", metavar="LIST", shell_complete=_complete_pass, help="default, a list in order, or edits: +prune-channels,-quantize-int8."),
-    click.option("--scenario", type=click.Choice(["single-stream", "offline"]), help="Optimize and measure latency, or throughput.  [default: single-stream]"),
+    click.option(
+        "--passes",
+        metavar="LIST",
+        shell_complete=_complete_pass,
+        help="default, a list in order, or edits: +prune-channels,-quantize-int8.",
+    ),
+    click.option(
+        "--scenario",
+        type=click.Choice(["single-stream", "offline"]),
+        help="Optimize and measure latency, or throughput.  [default: single-stream]",
+    ),
     click.option("--batch", type=int, help="Items in a call.  [default: 1, offline 32]"),
     click.option("--threads", type=int, help="Threads.  [default: the backend's own]"),
     click.option("--arch", metavar="FILE.py:NAME", help="Callable that builds the network which weights belong to."),
     click.option("--arch-args", metavar="A=B,…", help="Its arguments: num_classes=10,… or a JSON object."),
-    click.option("--input", "input_", multiple=True, metavar="SPEC", help='Input type, as "x:float32[batch,3,32,32]". Repeatable.'),
+    click.option(
+        "--input",
+        "input_",
+        multiple=True,
+        metavar="SPEC",
+        help='Input type, as "x:float32[batch,3,32,32]". Repeatable.',
+    ),
     click.option("--trust", is_flag=True, default=None, help="Allow code that the model file carries to run."),
     click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
     click.option("--out", "-o", type=click.Path(), help="Bundle folder.  [default: MODEL-TARGET]"),
@@ -204,7 +244,9 @@ def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
     kind = "bundle" if is_bundle(path) else detect(path)
     resolved = recipe.model_copy(update={"passes": steps})
     if shown["as_json"]:
-        click.echo(json.dumps({"model_format": kind, "out": str(out), "recipe": resolved.model_dump(mode="json")}, indent=2))
+        click.echo(
+            json.dumps({"model_format": kind, "out": str(out), "recipe": resolved.model_dump(mode="json")}, indent=2)
+        )
     elif not shown["quiet"]:
         click.echo(f"# {path}: {kind}; the bundle would be {out}\n{recipes.dump(resolved)}", nl=False)
 

@@ -87,7 +87,9 @@ def resolve_steps(recipe: Recipe) -> list[PassStep | OneOf]:
     return steps
 
 
-def compile_model(recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = lambda stage, share: None) -> Bundle:
+def compile_model(
+    recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = lambda stage, share: None
+) -> Bundle:
     """Run the recipe and leave a bundle in `out`. Raises PerwattError; then nothing was written."""
     from perwatt.writing import write_bundle
 

@@ -262,6 +262,20 @@ def as_calls(signature: Signature, batches: Sequence[Batch], size: int) -> list[
 
 
 __all__ = [
-    "Array", "Batch", "Capabilities", "Context", "Meter", "OperatingPoint", "Pass", "Program", "QuantizationStyle",
-    "Samples", "Scenario", "Stage", "Target", "Tolerance", "as_calls", "cpu_seconds",
+    "Array",
+    "Batch",
+    "Capabilities",
+    "Context",
+    "Meter",
+    "OperatingPoint",
+    "Pass",
+    "Program",
+    "QuantizationStyle",
+    "Samples",
+    "Scenario",
+    "Stage",
+    "Target",
+    "Tolerance",
+    "as_calls",
+    "cpu_seconds",
 ]

@@ -196,5 +196,11 @@ def explained(what: str) -> Iterator[None]:
 
 
 __all__ = [
-    "callable_file", "explained", "importable", "is_callable_spec", "load_callable", "open_callable", "peek_callable",
+    "callable_file",
+    "explained",
+    "importable",
+    "is_callable_spec",
+    "load_callable",
+    "open_callable",
+    "peek_callable",
 ]

@@ -205,9 +205,7 @@ def _by_folder(
     return pictures, Labels(np.array(values, dtype=np.int64), ordered_names(ids))
 
 
-def _by_table(
-    folder: Path, label2id: Mapping[str, int] | None, notes: Notes
-) -> tuple[list[Path], Labels]:
+def _by_table(folder: Path, label2id: Mapping[str, int] | None, notes: Notes) -> tuple[list[Path], Labels]:
     table = folder / LABELS_FILE
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:

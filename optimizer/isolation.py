@@ -35,9 +35,13 @@ MEMORY_SHARE = 0.9
 class Worker:
     """One worker process. Use it as a context manager; it starts with the first call."""
 
-    def __init__(self, name: str, *, memory_limit_bytes: int | None = None, on_progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, name: str, *, memory_limit_bytes: int | None = None, on_progress: Callable[[str], None] | None = None
+    ) -> None:
         self.name = name
-        self.memory_limit_bytes = memory_limit_bytes or int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        self.memory_limit_bytes = memory_limit_bytes or int(
+            MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        )
         self.on_progress = on_progress
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
@@ -47,7 +51,9 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def call(self, operation: str, *, timeout_s: float = DEFAULT_TIMEOUT_S, **parameters: Any) -> dict[str, Any]:
@@ -93,7 +99,9 @@ class Worker:
                 line = self._answers.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
                 words = self._last_words()
-                raise BackendError(f"{self.name}: {operation} did not end within {timeout_s:.0f} s and was stopped{words}") from None
+                raise BackendError(
+                    f"{self.name}: {operation} did not end within {timeout_s:.0f} s and was stopped{words}"
+                ) from None
             if line is None:
                 raise self._died(operation)
             answer: dict[str, Any] = json.loads(line)
@@ -196,5 +204,3 @@ def workspace() -> tempfile.TemporaryDirectory[str]:
         if owner and not Path(f"/proc/{owner[1]}").exists() and Path("/proc/self").exists():
             shutil.rmtree(left, ignore_errors=True)
     return tempfile.TemporaryDirectory(prefix=f"perwatt-{os.getpid()}-", ignore_cleanup_errors=True)
-
-

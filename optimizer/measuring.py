@@ -56,7 +56,15 @@ class Side:
         self._load: Callable[[], dict[str, Any]] = dict
 
     @classmethod
-    def lowered(cls, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path, worker: Worker | None = None) -> Side:
+    def lowered(
+        cls,
+        label: str,
+        target: str,
+        artifact: Artifact,
+        point: OperatingPoint,
+        folder: Path,
+        worker: Worker | None = None,
+    ) -> Side:
         """Lower `artifact` in a worker of its own, or in `worker`, whose last program makes room for it."""
         side = cls(label, worker or Worker(label))
         side.worker.start()
@@ -70,9 +78,7 @@ class Side:
         return side
 
     @classmethod
-    def eager(
-        cls, exported: Path, artifact: Artifact, point: OperatingPoint, folder: Path
-    ) -> Side:
+    def eager(cls, exported: Path, artifact: Artifact, point: OperatingPoint, folder: Path) -> Side:
         """Run torch eager in a worker; `load()` takes a while, and may be called meanwhile, in another thread."""
         side = cls("torch eager", Worker("torch eager"))
         side.worker.start()

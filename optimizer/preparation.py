@@ -16,13 +16,13 @@ from perwatt.contract import Capabilities, OperatingPoint, Tolerance
 from perwatt.data import Samples
 from perwatt.drift import drift
 from perwatt.errors import BackendError, InputError, PerwattError, TargetError
+from perwatt.evaluation import Evaluation, check_original
 from perwatt.isolation import Worker
 from perwatt.measuring import Side
 from perwatt.pipeline import Row, finite_drift
 from perwatt.reading import Reading, read
 from perwatt.recipe import Recipe
 from perwatt.signature import Batch
-from perwatt.study import Evaluation, check_original
 from perwatt.synthetic import synthetic
 from perwatt.worker import capabilities_from_json, load_outputs
 
@@ -203,7 +203,9 @@ def _max_drop(recipe: Recipe, evaluation: Evaluation | None) -> float:
     return default if default is not None else 0.01 * abs(evaluation.original.value)
 
 
-def _eager_side(reading: Reading, recipe: Recipe, folder: Path, meanwhile: Executor) -> tuple[Side | None, Future[None]]:
+def _eager_side(
+    reading: Reading, recipe: Recipe, folder: Path, meanwhile: Executor
+) -> tuple[Side | None, Future[None]]:
     """torch eager in a worker of its own, for row 0 and for the comparison, and when it will be open; None where its
     inputs are not those that are fed."""
     if reading.exported is None or recipe.inputs:
@@ -241,7 +243,9 @@ def first_row(reading: Reading, ours: list[Batch] | str, source: Callable[[], li
     return row
 
 
-def source_outputs(reading: Reading, check: Path, eager: Side | None, recipe: Recipe, folder: Path) -> list[Batch] | None:
+def source_outputs(
+    reading: Reading, check: Path, eager: Side | None, recipe: Recipe, folder: Path
+) -> list[Batch] | None:
     """What the source itself gives on the checking samples: torch eager, or the ONNX file as it came."""
     out = folder / "source-outputs"
     if eager is not None:

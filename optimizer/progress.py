@@ -164,7 +164,7 @@ def _bar(console: Console, times: TimeLeft) -> Any:
 
 
 def time_words(elapsed: float, left: float | None) -> str:
-    """"12 s, about 30 s left", or only the elapsed time while it is too early to tell."""
+    """ "12 s, about 30 s left", or only the elapsed time while it is too early to tell."""
     spent = _whole(math.floor(elapsed))
     return spent if left is None else f"{spent}, about {_whole(math.ceil(left))} left"
 

@@ -30,38 +30,18 @@ from perwatt.candidates import (
     ratio_text,
 )  # fmt: skip
 from perwatt.contract import Capabilities, OperatingPoint
-from perwatt.data import Samples
-from perwatt.errors import BackendError, InputError
+from perwatt.errors import BackendError
+from perwatt.evaluation import Evaluation
 from perwatt.isolation import Worker
 from perwatt.measurement import Ratio
 from perwatt.measuring import SCREENING, Effort, Side, interleave, ratios
 from perwatt.pipeline import Row
 from perwatt.recipe import Budget
-from perwatt.signature import Batch
 from perwatt.worker import load_outputs
 
 FINAL_TRIES = 2
 CLEARLY_WORSE = 1.1
 """A floating precision that costs the original more than this is not tried on other graphs."""
-
-
-@dataclass
-class Evaluation:
-    """Samples to judge on, and what the float32 original makes of them."""
-
-    metric: metrics.Metric
-    samples: Samples
-    folder: Path
-    reference: list[Batch]
-    original: metrics.Score
-
-    def compare(self, outputs: Sequence[Batch]) -> metrics.Comparison:
-        """The original in float32 against `outputs`, sample by sample."""
-        return metrics.compare(self.metric, self.original, self.score(outputs))
-
-    def score(self, outputs: Sequence[Batch]) -> metrics.Score:
-        """Accuracy of `outputs`."""
-        return self.metric.score(outputs, self.samples, self.reference)
 
 
 @dataclass
@@ -183,7 +163,11 @@ class Study:
         best = min((o for o in others if o.ratios and o.verdict != "rejected"), key=cost_of, default=None)
         if best is not None and (not permitted or (clearly_better(best, self.budget.min_gain))):
             side.close()
-            why = "the backend's default loses too much accuracy" if not permitted else "it is faster than the backend's default"
+            why = (
+                "the backend's default loses too much accuracy"
+                if not permitted
+                else "it is faster than the backend's default"
+            )
             self.notes.append(f"the original runs in {best.point.floating_precision}: {why}")
             best.reason = why
             default.reason = default.reason or f"the original is better in {best.point.floating_precision}"
@@ -193,7 +177,9 @@ class Study:
             return best, self._open("original", best), [default, *others]
         return default, side, [default, *others]
 
-    def candidates(self, branches: Sequence[Branch], baseline: Candidate, originals: Sequence[Candidate]) -> list[Candidate]:
+    def candidates(
+        self, branches: Sequence[Branch], baseline: Candidate, originals: Sequence[Candidate]
+    ) -> list[Candidate]:
         """Each distinct graph at each floating precision worth trying."""
         slow = {
             c.point.floating_precision for c in originals
@@ -204,7 +190,9 @@ class Study:
         for branch in branches:
             for precision in self.capabilities.floating_precisions:
                 key = (branch.artifact.digest(), precision)
-                only_default = not leaves_float32(branch.artifact) and precision != self.capabilities.floating_precisions[0]
+                only_default = (
+                    not leaves_float32(branch.artifact) and precision != self.capabilities.floating_precisions[0]
+                )
                 if key in seen or only_default or (precision in slow and not branch.lossy):
                     continue
                 seen.add(key)
@@ -286,7 +274,9 @@ class Study:
             if problem is None:
                 candidate.verdict = "shipped"
                 candidate.reason = f"{_gain_of(sides).value:.2f}× the original's inferences per CPU second"
-                return self._result("optimized", candidate.reason, baseline, candidate, sides, considered, comparison, score)
+                return self._result(
+                    "optimized", candidate.reason, baseline, candidate, sides, considered, comparison, score
+                )
             candidate.verdict, candidate.reason = "rejected", problem
             tried = sides
         return self._unchanged(baseline, considered, tried)
@@ -326,7 +316,9 @@ class Study:
             if side is not self.eager:
                 side.close()
 
-    def _confirm(self, candidate: Candidate, sides: dict[str, Side]) -> tuple[str | None, metrics.Comparison | None, metrics.Score | None]:
+    def _confirm(
+        self, candidate: Candidate, sides: dict[str, Side]
+    ) -> tuple[str | None, metrics.Comparison | None, metrics.Score | None]:
         """Why this candidate is not shipped after all (None where it is), with its accuracy on all evaluation samples."""
         side = sides["optimized"]
         measured = ratios(side, sides["original"])
@@ -378,7 +370,9 @@ class Study:
         as_run = None
         if self.evaluation is not None:
             as_run = score.value if winner is baseline else self._evaluate(sides["original"])[1].value
-        result = Result(outcome, reason, winner, baseline, sides, [baseline, *considered], [], comparison, score, as_run)
+        result = Result(
+            outcome, reason, winner, baseline, sides, [baseline, *considered], [], comparison, score, as_run
+        )
         problem = self._budget_problem(result)
         if problem:
             result.outcome, result.reason = "budget_not_met", problem
@@ -390,22 +384,13 @@ class Study:
         if self._too_late(p99):
             return self._late_text(p99)
         changed = result.winner is not result.baseline
-        if result.comparison is not None and self._too_much(result.comparison, final=changed) and self.evaluation is not None:
+        if (
+            result.comparison is not None
+            and self._too_much(result.comparison, final=changed)
+            and self.evaluation is not None
+        ):
             return self._drop_text(result.comparison, self.evaluation)
         return None
-
-
-def check_original(evaluation: Evaluation, expect_percent: float | None) -> None:
-    """Stop where the original's own accuracy says that the data don't fit the model. Raises InputError."""
-    value = evaluation.original.value
-    if expect_percent is not None and evaluation.metric.unit == "fraction" and value * 100 < expect_percent - 0.05:
-        raise InputError(
-            f"the original scores {value:.2%} on your labels, {expect_percent:g} % was expected",
-            fix="check normalisation, class order and the data set",
-        )
-    chance = metrics.near_chance(evaluation.metric, evaluation.original, evaluation.samples)
-    if chance and expect_percent is None:
-        raise InputError(f"the original {chance}")
 
 
 def _gain_of(sides: dict[str, Side]) -> Ratio:

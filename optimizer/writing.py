@@ -134,7 +134,9 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
             "original": side_figures("original", baseline_accuracy),
             "optimized": side_figures(label, score),
             "ratio": _ratio_figures(shipped, original, sizes, peaks, label, "original", score, baseline_accuracy),
-            "ratio_graph": _ratio_figures(shipped, sides[graph_base], sizes, peaks, label, graph_base, score, baseline_accuracy),
+            "ratio_graph": _ratio_figures(
+                shipped, sides[graph_base], sizes, peaks, label, graph_base, score, baseline_accuracy
+            ),
             "accuracy": _accuracy(run) if comparison is not None else None,
             "torch_eager": _eager(sides, shipped),
             "passes": [row.to_json() for row in run.rows],
@@ -189,7 +191,9 @@ def _ratio_figures(ours: Side, theirs: Side, sizes: dict[str, int], peaks: dict[
                    accuracy: float | None, baseline_accuracy: float | None) -> dict[str, Any]:  # fmt: skip
     if ours is theirs:
         # One program: nothing was measured twice, so there is no noise to report.
-        measured = {name: Ratio(1.0, 1.0, 1.0) if figures(ours.windows)[name] is not None else Ratio(None) for name in FIGURES}
+        measured = {
+            name: Ratio(1.0, 1.0, 1.0) if figures(ours.windows)[name] is not None else Ratio(None) for name in FIGURES
+        }
     else:
         measured = ratios(ours, theirs)
     plain = {name: {"value": r.value, "low": r.low, "high": r.high} for name, r in measured.items()}
@@ -259,7 +263,8 @@ def _candidate(candidate: Any) -> dict[str, Any]:
 
 def _measuring(side: Side) -> dict[str, Any]:
     return {
-        "protocol": "one process for each side, windows interleaved in alternating order, ratios within rounds, 95 % intervals (Student's t on log-ratios)",
+        "protocol": "one process for each side, windows interleaved in alternating order, ratios within rounds, "
+        "95 % intervals of the trimmed mean of log-ratios (Yuen)",
         "rounds": len(side.windows),
         "window_s": round(sum(w.wall_s for w in side.windows) / len(side.windows), 3),
         "calls": sum(len(w.latencies_ms) for w in side.windows),
@@ -314,5 +319,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-

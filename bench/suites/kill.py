@@ -44,14 +44,20 @@ def state(bundle: Path) -> str:
         outputs = json.loads((bundle / "perwatt.lock.json").read_text())["outputs"]
     except (OSError, ValueError) as error:
         return f"broken: {error}"
-    wrong = [name for name, digest in outputs.items() if not (bundle / name).is_file() or digest_of(bundle / name) != digest]
+    wrong = [
+        name for name, digest in outputs.items() if not (bundle / name).is_file() or digest_of(bundle / name) != digest
+    ]
     return f"broken: {wrong}" if wrong else "whole"
 
 
 def workers_left(before: set[int]) -> int:
     """Worker processes that were not there before, after a moment to notice that their parent is gone."""
     time.sleep(1.5)
-    left = [p for p in psutil.process_iter(["cmdline"]) if "perwatt.worker" in (p.info["cmdline"] or []) and p.pid not in before]
+    left = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if "perwatt.worker" in (p.info["cmdline"] or []) and p.pid not in before
+    ]
     return len(left)
 
 
@@ -93,7 +99,13 @@ def main() -> None:
         remains = [p.name for p in folder.iterdir() if p.name.startswith(".bundle")]
     good = all(e["state"] == "whole" or (e["state"] == "absent" and not e["replacing"]) for e in found)
     clean = not remains and not any(e["workers_left"] for e in found)
-    result = {"whole_run_s": round(whole_run, 1), "moments": found, "always_whole_or_absent": good, "remains": remains, "clean": clean}
+    result = {
+        "whole_run_s": round(whole_run, 1),
+        "moments": found,
+        "always_whole_or_absent": good,
+        "remains": remains,
+        "clean": clean,
+    }
     where = ROOT / "bench" / "results" / "kill.json"
     where.parent.mkdir(parents=True, exist_ok=True)
     where.write_text(json.dumps(result, indent=1) + "\n")

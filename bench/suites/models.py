@@ -109,10 +109,18 @@ def minilm(folder: Path) -> Path:
     dense = made / "3_Dense"
     dense.mkdir()
     save_file(
-        {"linear.weight": np.concatenate([np.zeros_like(weight), weight]), "linear.bias": np.concatenate([[0.0], bias]).astype(np.float32)},
+        {
+            "linear.weight": np.concatenate([np.zeros_like(weight), weight]),
+            "linear.bias": np.concatenate([[0.0], bias]).astype(np.float32),
+        },
         dense / "model.safetensors",
     )
-    facts = {"in_features": weight.shape[1], "out_features": 2, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
+    facts = {
+        "in_features": weight.shape[1],
+        "out_features": 2,
+        "bias": True,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
     (dense / "config.json").write_text(json.dumps(facts))
     modules = json.loads((made / "modules.json").read_text())
     kind = modules[-1]["type"].rsplit(".", 1)[0] + ".Dense"

@@ -17,11 +17,12 @@ from perwatt.candidates import Branch
 from perwatt.contract import Capabilities, OperatingPoint
 from perwatt.data import Samples
 from perwatt.errors import BackendError
+from perwatt.evaluation import Evaluation
 from perwatt.measurement import Window
 from perwatt.measuring import Effort
 from perwatt.pipeline import Row
 from perwatt.recipe import Budget
-from perwatt.study import Evaluation, Result, Study
+from perwatt.study import Result, Study
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import conv_net

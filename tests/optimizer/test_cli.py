@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys

@@ -249,9 +249,7 @@ def test_raw_inputs_get_raw_bytes(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=9))
 def test_integers_keep_their_values(values: list[int]) -> None:
-    out = fit(
-        np.array(values, np.int64), TensorSpec("i", "int32", ("n",)), normalization=None, raw=None, notes=Notes()
-    )
+    out = fit(np.array(values, np.int64), TensorSpec("i", "int32", ("n",)), normalization=None, raw=None, notes=Notes())
     assert out.dtype == np.int32 and list(out) == values
 
 

@@ -170,9 +170,7 @@ def test_without_energy_and_without_accuracy() -> None:
     assert "eager" not in text
 
 
-@pytest.mark.parametrize(
-    ("outcome", "headline"), [("unchanged", "unchanged"), ("budget_not_met", "budget not met")]
-)
+@pytest.mark.parametrize(("outcome", "headline"), [("unchanged", "unchanged"), ("budget_not_met", "budget not met")])
 def test_other_outcomes_say_why(outcome: str, headline: str) -> None:
     html = render(a_report(outcome=outcome, reason="nothing clears the noise"))
     assert f"<h1>{headline}</h1>" in html
