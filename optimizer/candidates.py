@@ -83,7 +83,10 @@ def ledger(branches: Sequence[Branch], winner: Candidate, found: Sequence[Candid
                 continue
             told.add(id(row))
             about = [c for c in found if any(row is other for other in c.branch.rows)]
-            if row.measured is not None:
+            if row.measured is None:
+                # A lossless pass answers for its own graph, not for what a lossy pass made of it.
+                about = [c for c in about if not c.branch.lossy]
+            else:
                 _credit(row, about)
             rows.append(row if id(row) in shipped else _not_chosen(row, winner, about))
     return rows
@@ -106,9 +109,7 @@ def _credit(row: Row, about: Sequence[Candidate]) -> None:
 def _not_chosen(row: Row, winner: Candidate, about: Sequence[Candidate]) -> Row:
     if row.status != "applied":
         return row
-    # A lossless pass answers for its own graph, not for what a lossy pass made of it.
-    judged = [c for c in about if c.reason and (row.measured is not None or not c.branch.lossy)]
-    best = min(judged, key=cost_of, default=None)
+    best = min((c for c in about if c.reason), key=cost_of, default=None)
     return replace(row, status="not-chosen", reason=best.reason if best else f"{winner.name} is better")
 
 

@@ -49,6 +49,7 @@ def train(images: torch.Tensor, labels: torch.Tensor, epochs: int = 6) -> nn.Seq
 
 
 def main() -> None:
+    """Train, and leave model and data in the folder that the command line names."""
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "example")
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = digits()

@@ -62,6 +62,7 @@ def workers_left(before: set[int]) -> int:
 
 
 def main() -> None:
+    """Kill, look, tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)

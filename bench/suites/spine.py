@@ -261,6 +261,7 @@ def revision() -> str:
 
 
 def main() -> None:
+    """Run the cases that were asked for and are not known yet; write the results; say what holds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="prefixes of case names; all without")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
