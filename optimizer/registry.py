@@ -75,7 +75,9 @@ def _third_party(kind: Kind, entry: EntryPoint, base: Any) -> Any:
         raise InputError(f"{entry.name!r} of {owner} is no {base.__name__}")
     found: Any = loaded
     if found.name() != entry.name:
-        raise InputError(f"{owner} calls {kind} {entry.name!r} what calls itself {found.name()!r}: name the file after it")
+        raise InputError(
+            f"{owner} calls {kind} {entry.name!r} what calls itself {found.name()!r}: name the file after it"
+        )
     return found
 
 

@@ -49,7 +49,7 @@ class Signature:
             # A symbol that no input knows says only that the exporter did not follow the axis.
             if spec.shape is not None and (not isinstance(first, str) or first in symbols):
                 firsts.add(first)
-        return firsts.pop() if len(firsts) == 1 else None
+        return firsts.pop() if self.inputs and len(firsts) == 1 else None
 
     @property
     def other_dynamic(self) -> frozenset[str]:
@@ -74,6 +74,12 @@ class Signature:
                 fixed[0] = None
             if len(fixed) != array.ndim or any(d not in (None, a) for d, a in zip(fixed, array.shape, strict=True)):
                 reasons.append(f"input {spec} was given shape {list(array.shape)}")
+        if self.batch is not None and not reasons:
+            counts = sorted({len(array) for array in batch.values()})
+            if len(counts) > 1:
+                reasons.append(f"the inputs have different numbers of items: {', '.join(map(str, counts))}")
+            elif counts == [0]:
+                reasons.append("there are no items on the batch axis")
         return reasons
 
 

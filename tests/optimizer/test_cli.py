@@ -374,8 +374,11 @@ def test_killed_while_it_runs_it_leaves_no_worker_and_no_half_bundle(here: Path)
         stderr=subprocess.PIPE,
     ) as run:
         assert run.stderr is not None
-        while b"writing the bundle" not in run.stderr.readline():
-            pass
+        for line in run.stderr:
+            if b"writing the bundle" in line:
+                break
+        else:
+            pytest.fail("the run ended before it wrote its bundle")
         running = workers_of(mark)
         run.kill()
         run.wait()

@@ -110,3 +110,15 @@ def test_pieces_have_exactly_the_size_and_their_real_items_are_the_batch(items, 
 def test_the_remainder_is_filled_with_its_last_item():
     ((piece, real),) = split({"x": np.array([1, 2])}, 4)
     assert piece["x"].tolist() == [1, 2, 2, 2] and real == 2
+
+
+def test_inputs_with_no_items_or_different_numbers_of_them_are_problems():
+    specs = (TensorSpec("a", "float32", ("n", 2)), TensorSpec("b", "float32", ("n", 2)))
+    signature = Signature(specs, ())
+    array = np.zeros((3, 2), np.float32)
+    assert signature.problems({"a": array, "b": array[:2]}) == ["the inputs have different numbers of items: 2, 3"]
+    assert signature.problems({"a": array[:0], "b": array[:0]}) == ["there are no items on the batch axis"]
+
+
+def test_a_model_without_inputs_has_no_batch_axis():
+    assert Signature((), (TensorSpec("y", "float32", (3,)),)).batch is None
