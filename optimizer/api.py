@@ -17,7 +17,7 @@ from perwatt.isolation import Worker
 from perwatt.options import build_recipe
 from perwatt.preparation import read_model
 from perwatt.reading import Reading
-from perwatt.signature import Array, Batch, Signature, rows
+from perwatt.signature import Array, Batch, Signature
 
 
 def optimize(
@@ -68,7 +68,7 @@ class Model:
 
     def run(self, inputs: Array | Mapping[str, Array]) -> Batch:
         """{name: array} out for an array (models with one input) or {name: array} in, any number of items on the batch
-        axis. Types are converted where no value is lost. Raises InputError where names, types or shapes don't fit."""
+        axis. Types of one kind are converted, as float64 to float32. Raises InputError where names, types or shapes don't fit."""
         specs = self.signature.inputs
         if not isinstance(inputs, Mapping):
             if len(specs) != 1:
@@ -86,8 +86,6 @@ class Model:
         problems = self.signature.problems(batch)
         if problems:
             raise InputError("; ".join(problems))
-        if self.signature.batch is not None and not rows(batch):
-            raise InputError("there is nothing to run: the batch axis is empty")
         return self._program.run(batch)
 
 

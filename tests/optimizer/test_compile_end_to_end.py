@@ -149,7 +149,7 @@ def test_a_loaded_bundle_runs_any_batch_size_and_equals_its_model(made, count: i
         (images(1)[:, :, :4], "shape"),
         (np.array([["a"]]), "x"),
         (np.float32(1), "shape"),
-        (images(0), "empty"),
+        (images(0), "no items"),
     ],
 )
 def test_a_loaded_bundle_says_what_it_wants_where_inputs_do_not_fit(made, given, words: str) -> None:
