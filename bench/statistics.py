@@ -61,6 +61,47 @@ def paired_ratio(optimized: Sequence[float | None], original: Sequence[float | N
     return Ratio(math.exp(mean), math.exp(low), math.exp(high))
 
 
+def kept_in_the_middle(values: Sequence[float], trim: float = 0.2) -> list[int]:
+    """Positions of the values that the trimmed mean keeps."""
+    order = np.argsort(np.asarray(values, dtype=np.float64), kind="stable")
+    cut = int(trim * len(order))
+    return [int(position) for position in order[cut : len(order) - cut]]
+
+
+def paired_figures(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """One figure for each side, so that their quotient is exactly the value of `paired_ratio`: geometric means over the
+    rounds that it keeps. All figures must be positive."""
+    kept = kept_in_the_middle([math.log(a / b) for a, b in zip(ours, theirs, strict=True)])
+    ours_mean = math.exp(float(np.mean([math.log(ours[i]) for i in kept])))
+    return ours_mean, math.exp(float(np.mean([math.log(theirs[i]) for i in kept])))
+
+
+def percentile_ratio(
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], share: float, resamples: int = 200
+) -> Ratio:
+    """Quotient of a percentile over all calls of all rounds, with a 95 % interval by resampling whole rounds (Efron's
+    percentile bootstrap, seed fixed). None where a side has no calls."""
+    a, b = (
+        percentile([x for part in ours for x in part], share),
+        percentile([x for part in theirs for x in part], share),
+    )
+    if not a or not b:
+        return Ratio(None)
+    rounds = min(len(ours), len(theirs))
+    if rounds < 2:
+        return Ratio(a / b)
+    mine, other = ([np.asarray(part) for part in parts] for parts in (ours, theirs))
+    found = []
+    for draw in np.random.default_rng(0).integers(0, rounds, (resamples, rounds)):
+        tops = [
+            np.quantile(np.concatenate([parts[i] for i in draw]), share, method="inverted_cdf")
+            for parts in (mine, other)
+        ]
+        found.append(float(tops[0] / tops[1]))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Ratio(a / b, min(float(low), a / b), max(float(high), a / b))
+
+
 def half_width(ratio: Ratio) -> float:
     """Half the interval's width relative to the ratio, on the log scale; infinite where it is not known."""
     if ratio.low is None or ratio.high is None or ratio.low <= 0:

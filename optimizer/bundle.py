@@ -97,10 +97,10 @@ def check_destination(path: Path, model_name: str, force: bool, inputs: Sequence
                 f"{path} exists and is no bundle of perwatt's",
                 fix="give another folder with --out, or --force to replace it",
             )
-        made_from = open_bundle(path).lock.get("model", {}).get("name")
-        if made_from != model_name:
+        made_from = open_bundle(path).lock.get("model", {})
+        if not _same_model(made_from, model_name, inputs):
             raise InputError(
-                f"{path} is a bundle of another model ({made_from})",
+                f"{path} is a bundle of another model ({made_from.get('path', made_from.get('name'))})",
                 fix="give another folder with --out, or --force to replace it",
             )
     held = [where for where in inputs if Path(os.path.realpath(where)).is_relative_to(os.path.realpath(path))]
@@ -115,6 +115,15 @@ def check_destination(path: Path, model_name: str, force: bool, inputs: Sequence
         probe.rmdir()
     except OSError as error:
         raise InputError(f"can't write into {parent}: {error.strerror}", fix="give another folder with --out") from None
+
+
+def _same_model(made_from: dict[str, Any], model_name: str, inputs: Sequence[str | Path]) -> bool:
+    """Whether the bundle's lock tells of the model that this run is about: the same path, or the same content."""
+    if made_from.get("name") != model_name:
+        return False
+    if not inputs or "path" not in made_from or made_from["path"] == str(inputs[0]):
+        return True
+    return Path(inputs[0]).exists() and digest_of(Path(inputs[0])) == made_from.get("sha256")
 
 
 @contextmanager
@@ -258,8 +267,11 @@ def write_json(path: Path, plain: Any) -> None:
     path.write_text(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def program_json(target: str, signature: Signature, facts: dict[str, Any]) -> dict[str, Any]:
-    """What a loader needs to know to run the saved program at its operating point."""
+def program_json(
+    target: str, signature: Signature, facts: dict[str, Any], preprocessing: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a loader needs to know to run the saved program at its operating point. `preprocessing` is how uint8 pictures
+    were made into its inputs: mean and std of 0..1 values (None: 0..255 as it is)."""
     return {
         "target": target,
         "signature": asdict(signature),
@@ -267,4 +279,5 @@ def program_json(target: str, signature: Signature, facts: dict[str, Any]) -> di
         "call_batch": None if signature.batch is None else facts["operating_point"]["batch"],
         "operating_point": facts["operating_point"],
         "settings": facts.get("settings", {}),
+        "preprocessing": preprocessing,
     }

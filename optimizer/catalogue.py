@@ -78,7 +78,8 @@ def all_targets() -> list[dict[str, Any]]:
                 facts = worker.call("target", name=name)
             except PerwattError as error:
                 facts = {"missing": [str(error)], "capabilities": None, "versions": {}}
-        entries.append({"name": name, "alias": aliases.get(name), **facts})
+        summary = " ".join((registry.target(name).__doc__ or "").strip().split("\n\n")[0].split())
+        entries.append({"name": name, "alias": aliases.get(name), "summary": summary, **facts})
     return entries
 
 
@@ -88,8 +89,8 @@ def targets_text(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         mark = "✗" if entry["missing"] else "✓"
         versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-        alias = f"  (--target {entry['alias']})" if entry["alias"] else ""
-        lines.append(f"{mark} {entry['name']}{alias}  {versions}")
+        name = f"{entry['alias']} → {entry['name']}" if entry["alias"] else entry["name"]
+        lines.append(f"{mark} {name}  {versions}  {entry['summary']}")
         lines += [f"    missing: {reason}" for reason in entry["missing"]]
         found = entry["capabilities"]
         if found:

@@ -161,7 +161,9 @@ OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
     click.option("--out", "-o", type=click.Path(), help="Bundle folder.  [default: MODEL-TARGET]"),
     click.option("--force", is_flag=True, help="Replace whatever the output folder holds."),
-    click.option("--dry-run", is_flag=True, help="Check everything, print the resolved recipe, do nothing."),
+    click.option(
+        "--dry-run", is_flag=True, help="Check flags, recipe and paths, print the resolved recipe, do nothing."
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output."),
     click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
     click.option("--verbose", "-v", is_flag=True, help="Print every step, and the trace of an internal error."),

@@ -7,6 +7,7 @@ the result (`confirm`) is never among what passes are given.
 
 from __future__ import annotations
 
+import difflib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,7 +103,9 @@ def kind_of(where: str) -> str:
         with path.open("rb") as stream:
             head = stream.read(1 << 16)
     except FileNotFoundError:
-        raise InputError(f"no such data set: {where}") from None
+        siblings = [str(path.with_name(p.name)) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), siblings, n=1)
+        raise InputError(f"no such data set: {where}", fix=f"did you mean {near[0]}?" if near else None) from None
     except OSError as error:
         raise InputError(f"can't read {where}: {error.strerror or error}") from None
     if not head:

@@ -196,7 +196,10 @@ def _to_float(
 ) -> Array:  # fmt: skip
     if raw is None and array.dtype == np.uint8:
         if normalization is None:
-            notes.add(f"input {spec.name}: uint8 data is fed as 0..255 (--normalize unit, imagenet, … changes that)")
+            notes.add(
+                f"warning: no --normalize was given, so input {spec.name} is fed its uint8 data as 0..255 "
+                "(--normalize unit, imagenet, … changes that)"
+            )
             return array.astype(wanted)
         return normalization.apply(array, channel_axis(array.shape, spec), f"input {spec}").astype(wanted, copy=False)
     if normalization is not None and raw is None:

@@ -124,7 +124,7 @@ def _plan(
         notes.add(f"input {spec.name} is fed raw 0..255")
     elif normalization is None:
         normalization = Normalization()
-        notes.add("pictures are fed as x/255, as no --normalize was given")
+        notes.add("warning: no --normalize was given, so pictures are fed as x/255: is that how the model was trained?")
     _note_resize(size, section.resize, notes)
     return _Plan(*size, section.resize, channels, last, dtype, normalization)
 

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from perwatt.artifact import Artifact
-from perwatt.bench.statistics import half_width, paired_ratio, percentile
+from perwatt.bench.statistics import half_width, paired_figures, paired_ratio, percentile, percentile_ratio
 from perwatt.contract import OperatingPoint
 from perwatt.isolation import Worker
 from perwatt.measurement import Ratio, Window
@@ -23,6 +23,9 @@ FIGURES = (
     "cpu_s_per_inference", "throughput_per_s", "latency_p50_ms", "latency_p99_ms",
     "power_w", "energy_j_per_inference", "throughput_per_watt",
 )  # fmt: skip
+
+
+PERCENTILES = {"latency_p50_ms": 0.5, "latency_p99_ms": 0.99}
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def interleave(
             continue
         if len(sides) < 2:
             return
-        ratio = ratios(sides[-1], sides[0])["cpu_s_per_inference"]
+        ratio = cpu_ratio(sides[-1], sides[0])
         if half_width(ratio) < effort.tight or hopeless(ratio):
             return
 
@@ -163,9 +166,33 @@ def figures(windows: Sequence[Window]) -> dict[str, float | None]:
     }
 
 
+def cpu_ratio(optimized: Side, original: Side) -> Ratio:
+    """Optimized ÷ original in CPU seconds per inference: what decides."""
+    pairs = list(zip(optimized.windows, original.windows, strict=False))
+    return paired_ratio([a.cpu_s / a.inferences for a, _ in pairs], [b.cpu_s / b.inferences for _, b in pairs])
+
+
+def side_by_side(optimized: Side, original: Side) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """The figures of both sides over the same rounds, so that dividing them gives the ratios of `ratios`."""
+    ours, theirs = figures(optimized.windows), figures(original.windows)
+    pairs = list(zip(optimized.windows, original.windows, strict=False))
+    for name in FIGURES:
+        if name in PERCENTILES:
+            continue
+        both = [(figures([a])[name], figures([b])[name]) for a, b in pairs]
+        known = [(a, b) for a, b in both if a and b]
+        if known:
+            ours[name], theirs[name] = paired_figures([a for a, _ in known], [b for _, b in known])
+    return ours, theirs
+
+
 def ratios(optimized: Side, original: Side) -> dict[str, Ratio]:
     """Optimized ÷ original for every figure, paired by round, with 95 % intervals."""
     rounds = min(len(optimized.windows), len(original.windows))
     ours = [figures([w]) for w in optimized.windows[:rounds]]
     theirs = [figures([w]) for w in original.windows[:rounds]]
-    return {name: paired_ratio([f[name] for f in ours], [f[name] for f in theirs]) for name in FIGURES}
+    found = {name: paired_ratio([f[name] for f in ours], [f[name] for f in theirs]) for name in FIGURES}
+    calls = [[window.latencies_ms for window in side.windows[:rounds]] for side in (optimized, original)]
+    for name, share in PERCENTILES.items():
+        found[name] = percentile_ratio(calls[0], calls[1], share)
+    return found

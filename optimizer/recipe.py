@@ -31,7 +31,10 @@ def parse_seconds(value: Any) -> Any:
 def parse_milliseconds(value: Any) -> Any:
     """`20ms`, `0.1s` or a number of milliseconds."""
     if isinstance(value, str):
-        return parse_seconds(value if re.search(r"[A-Za-z]", value) else value + "ms") * 1e3
+        try:
+            return parse_seconds(value if re.search(r"[A-Za-z]", value) else value + "ms") * 1e3
+        except ValueError:
+            raise ValueError(f"{value!r} is no latency: write 20ms or 0.1s") from None
     return value
 
 

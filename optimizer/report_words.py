@@ -228,6 +228,10 @@ def point_words(report: Report) -> list[str]:
     ]
 
 
+UNEVEN = 2.0
+"""An interval whose ends differ by more than this factor says that the machine was busy, and nothing else."""
+
+
 def eager_words(report: Report) -> str | None:
     """torch eager beside it, where torch is in play."""
     eager = report.torch_eager
@@ -235,9 +239,11 @@ def eager_words(report: Report) -> str | None:
         return None
     [cpu] = in_units([eager.cpu_s_per_inference], TIMES)
     stands = f"torch {plain(eager.version)} eager, float32, same batch: {cpu} of CPU per inference"
-    value = known(eager.cpu_s_ratio.value)
+    value, low, high = (known(x) for x in (eager.cpu_s_ratio.value, eager.cpu_s_ratio.low, eager.cpu_s_ratio.high))
     if not value:
         return stands
+    if low and high and high / low > UNEVEN:
+        return f"measured too unevenly to be quoted (the machine was busy): {stands}"
     if value > 1:
         return f"{with_interval(eager.cpu_s_ratio)} the CPU seconds of torch eager ({stands})"
     return f"{with_interval(inverse(eager.cpu_s_ratio))} fewer CPU seconds than torch eager ({stands})"

@@ -28,7 +28,9 @@ def starter(path: Path, arch: str | None, inputs: list[str], trust: bool) -> str
             raise
         facts = f"not read yet: {' '.join(str(error).split())}"
     text = found is not None and found.tokenizer is not None
-    picture = found is not None and any(s.shape and len(s.shape) == 4 for s in found.artifact.signature.inputs)
+    specs = found.artifact.signature.inputs if found is not None else ()
+    pictures = [s.shape for s in specs if s.shape and len(s.shape) == 4]
+    sides = [d for d in (pictures[0][1:] if pictures else ()) if isinstance(d, int) and d not in (1, 3)]
     section: dict[str, Any] = {"path": str(path)}
     if arch:
         section["arch"] = arch
@@ -48,7 +50,7 @@ def starter(path: Path, arch: str | None, inputs: list[str], trust: bool) -> str
                 else ["  # arch: net.py:build          # for weights alone: the callable that builds the network"]
             ),
             "",
-            *_data_lines(text, picture),
+            *_data_lines(text, bool(pictures), sides[0] if sides else 224),
             "",
             "budget:",
             "  max_drop: 1.0               # points of accuracy that may be lost (metric units otherwise)",
@@ -69,13 +71,13 @@ def starter(path: Path, arch: str | None, inputs: list[str], trust: bool) -> str
     )
 
 
-def _data_lines(text: bool, picture: bool) -> list[str]:
+def _data_lines(text: bool, picture: bool, side: int) -> list[str]:
     lines = ["# Without data nothing lossy is shipped. About 100 samples are enough to calibrate.", "data: {}"]
     example = {
         "text": ["#   all: reviews.csv", "#   text: sentence", "#   label: label"],
         "picture": [
             "#   all: val/                 # one subfolder for each class, or an .npz",
-            "#   image: 224",
+            f"#   image: {side}",
             "#   normalize: imagenet",
         ],
         "array": ["#   all: samples.npz          # one array for each input, and labels"],

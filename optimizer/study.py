@@ -34,7 +34,7 @@ from perwatt.errors import BackendError
 from perwatt.evaluation import Evaluation
 from perwatt.isolation import Worker
 from perwatt.measurement import Ratio
-from perwatt.measuring import SCREENING, Effort, Side, interleave, ratios
+from perwatt.measuring import SCREENING, Effort, Side, cpu_ratio, interleave, ratios
 from perwatt.pipeline import Row
 from perwatt.recipe import Budget
 from perwatt.worker import load_outputs
@@ -361,7 +361,10 @@ class Study:
         baseline.reason = baseline.reason or "the original is the answer"
         best = min((c for c in considered if c.ratios), key=cost_of, default=None)
         reason = "nothing was better than the original beyond the noise"
-        if best is not None and best.reason:
+        if best is not None and cost_of(best) >= 1:
+            rate = f"{ratio_text(gain_of(best))} of the original's inferences per CPU second"
+            reason = f"nothing is faster: the best other answer ({best.name}) does {rate}"
+        elif best is not None and best.reason:
             reason = f"the best other answer ({best.name}) is not shipped: {best.reason}"
         return self._result("unchanged", reason, baseline, baseline, sides, considered, comparison, score)
 
@@ -394,7 +397,7 @@ class Study:
 
 
 def _gain_of(sides: dict[str, Side]) -> Ratio:
-    return ratios(sides["optimized"], sides["original"])["cpu_s_per_inference"].inverse()
+    return cpu_ratio(sides["optimized"], sides["original"]).inverse()
 
 
 def _p99(side: Side) -> float | None:

@@ -41,6 +41,10 @@ ASCII = str.maketrans({
 })  # fmt: skip
 
 
+WARNING = "warning: "
+"""Notes that begin so stand right under the headline: the figures below may not mean what they seem to."""
+
+
 def print_report(report: Report, bundle: Path, *, console: Console | None = None, verbose: bool = False) -> None:
     """Show `report` of the bundle at `bundle`; `verbose` adds candidates, drift, settings, data and versions.
 
@@ -49,6 +53,9 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
     out.line(words.headline(report), HEADLINE_STYLES[report.outcome])
     if report.outcome == "optimized":
         out.line(plain(report.reason))
+    for note in report.notes:
+        if note.startswith(WARNING):
+            out.line(plain(note), "bold yellow")
     out.line(words.subject(report), "dim")
     out.gap()
     out.show(_figures(report, wide=out.console.width >= 100))
@@ -64,7 +71,7 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
     out.section("torch eager", [eager] if eager else [])
     if verbose:
         _details(out, report)
-    out.section("Notes", map(plain, report.notes))
+    out.section("Notes", [plain(note) for note in report.notes if not note.startswith(WARNING)])
     out.gap()
     _deployment(out, report, bundle)
     if report.last_word:

@@ -15,8 +15,9 @@ from perwatt import recipe as recipes
 from perwatt import registry
 from perwatt.bundle import LOCK, Bundle, digest_of, program_json, write_json, writing
 from perwatt.compilation import Run, model_name
+from perwatt.datasets_fit import parse_normalization
 from perwatt.measurement import Ratio
-from perwatt.measuring import FIGURES, Side, figures, ratios
+from perwatt.measuring import FIGURES, Side, cpu_ratio, figures, ratios, side_by_side
 from perwatt.report import Report
 
 LABELLED = ("power_w", "energy_j_per_inference", "throughput_per_watt")
@@ -34,7 +35,9 @@ def write_bundle(run: Run, out: Path) -> Bundle:
         _copy_model(run, folder)
         target = registry.target(run.recipe.target.name)
         winner.worker.call("save", folder=str(folder / target.name()))
-        write_json(folder / "program.json", program_json(target.name(), artifact.signature, winner.facts))
+        write_json(
+            folder / "program.json", program_json(target.name(), artifact.signature, winner.facts, preprocessing(run))
+        )
         script = target.script()
         if script is not None:
             (folder / "run.py").write_text(script)
@@ -45,6 +48,17 @@ def write_bundle(run: Run, out: Path) -> Bundle:
         _write_html(report, folder)
         write_json(folder / LOCK, lock(run, folder))
     return Bundle(out)
+
+
+def preprocessing(run: Run) -> dict[str, Any] | None:
+    """How uint8 pictures became inputs, for whoever deploys; None where that was not asked for, or is in the graph."""
+    normalize = run.recipe.data.normalize
+    if normalize is None or run.recipe.inputs:
+        return None
+    found = parse_normalization(normalize)
+    if found is None or found.raw:
+        return {"normalize": normalize, "mean": None, "std": None}
+    return {"normalize": normalize, "mean": list(found.mean), "std": list(found.std)}
 
 
 def _copy_model(run: Run, folder: Path) -> None:
@@ -105,9 +119,14 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
     score = result.score.value if result.score is not None else None
     baseline_accuracy = run.prepared.evaluation.original.value if run.prepared.evaluation is not None else None
 
+    measured = {label: figures(side.windows) for label, side in sides.items()}
+    if "optimized" in sides:
+        # Of the same rounds, so that the columns of a table divide to its ratios.
+        measured["optimized"], measured["original"] = side_by_side(shipped, original)
+
     def side_figures(label: str, accuracy: float | None) -> dict[str, Any]:
         side = sides[label]
-        found: dict[str, Any] = dict(figures(side.windows))
+        found: dict[str, Any] = dict(measured[label])
         for name in LABELLED:
             found[name] = {"value": found[name], "method": energy["method"], "boundary": energy["boundary"]}
         return {
@@ -234,7 +253,7 @@ def _eager(sides: dict[str, Side], shipped: Side) -> dict[str, Any] | None:
     if side is None or not side.windows:
         return None
     found = figures(side.windows)
-    ratio = ratios(shipped, side)["cpu_s_per_inference"]
+    ratio = cpu_ratio(shipped, side)
     return {
         "version": side.facts["version"],
         "cpu_s_per_inference": found["cpu_s_per_inference"],

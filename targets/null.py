@@ -21,7 +21,7 @@ COST_MS = {"Conv": 1.0, "Gemm": 0.5, "MatMul": 0.5, "BatchNormalization": 0.25}
 
 
 class Null(Target):
-    """Scripted costs, real outputs."""
+    """For tests only: real outputs, scripted costs."""
 
     def missing(self) -> list[str]:
         return []

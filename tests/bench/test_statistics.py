@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perwatt.bench.statistics import half_width, paired_ratio, percentile, t_quantile, trimmed_interval
+from perwatt.bench.statistics import (
+    half_width,
+    paired_figures,
+    paired_ratio,
+    percentile,
+    percentile_ratio,
+    t_quantile,
+    trimmed_interval,
+)
 from perwatt.measurement import Ratio
 
 # 97.5 % quantiles of Student's t, from the tables (NIST/SEMATECH e-Handbook, 1.3.6.7.2).
@@ -117,3 +125,21 @@ def test_no_calls_no_percentile_and_small_sets_give_their_largest():
     assert percentile([], 0.99) is None
     assert percentile([3.0, 1.0, 2.0], 0.99) == 3.0
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+
+
+def test_figures_of_the_kept_rounds_divide_to_the_ratio():
+    random = np.random.default_rng(3)
+    theirs = list(random.lognormal(0, 0.3, 15))
+    ours = [b * r for b, r in zip(theirs, random.lognormal(-0.1, 0.05, 15), strict=True)]
+    ours[4] *= 20
+    a, b = paired_figures(ours, theirs)
+    assert a / b == pytest.approx(paired_ratio(ours, theirs).value)
+
+
+def test_a_ratio_of_percentiles_is_that_of_all_calls_and_lies_in_its_interval():
+    random = np.random.default_rng(4)
+    ours, theirs = ([list(random.lognormal(m, 0.2, 50)) for _ in range(10)] for m in (0.0, 0.5))
+    found = percentile_ratio(ours, theirs, 0.5)
+    pooled = [percentile([x for part in parts for x in part], 0.5) for parts in (ours, theirs)]
+    assert found.value == pytest.approx(pooled[0] / pooled[1]) and found.low < found.value < found.high < 1
+    assert percentile_ratio([[]], [[1.0]], 0.5).value is None

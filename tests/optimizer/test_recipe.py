@@ -114,7 +114,7 @@ def test_an_unknown_key_is_told_with_its_section_and_the_nearest_known(parts, wo
         ({"budget": {"time": "1.2.3"}}, "budget.time: '1.2.3' is no time: write 90s, 10m or 1h"),
         ({"budget": {"time": 0}}, "budget.time: Input should be greater than 0"),
         ({"budget": {"time": math.nan}}, "budget.time: Input should be greater than 0"),
-        ({"budget": {"p99_ms": "20 MS"}}, "budget.p99_ms: '20 MS' is no time: write 90s, 10m or 1h"),
+        ({"budget": {"p99_ms": "20 MS"}}, "budget.p99_ms: '20 MS' is no latency: write 20ms or 0.1s"),
         ({"budget": {"min_gain": "-3%"}}, "budget.min_gain: '-3%' is no fraction: write 3% or 0.03"),
         ({"budget": {"min_gain": 3}}, "budget.min_gain: Input should be less than 1"),
         ({"budget": {"max_drop": -1}}, "budget.max_drop: Input should be greater than or equal to 0"),

@@ -258,9 +258,37 @@ def test_run_py_is_a_command_too(tmp_path):
     command = [sys.executable, "run.py", "samples.npz", "out.npz"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "y: float32[5, 5]\n"
+    assert done.stdout == "output y: float32[5, 5]\n"
     with np.load(tmp_path / "out.npz") as found:
         assert found["y"].shape == (5, 5)
     np.savez(tmp_path / "other.npz", one=np.zeros(1), two=np.zeros(1))
     failed = subprocess.run([*command[:2], "other.npz"], cwd=tmp_path, capture_output=True, text=True)
-    assert failed.returncode == 1 and "the model wants ['x']" in failed.stderr
+    assert failed.returncode == 1 and "the model's inputs are ['x']" in failed.stderr
+
+
+def test_run_py_ends_in_one_line_where_its_arguments_do_not_fit(tmp_path):
+    deployed(conv_net(), tmp_path, batch=2)
+    np.savez(tmp_path / "flat.npz", x=np.zeros((4, 7), np.float32))
+    for arguments, words in ((["nofile.npz"], "nofile.npz is no .npz file"), (["flat.npz"], "input x takes float32")):
+        failed = subprocess.run([sys.executable, "run.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert failed.returncode == 1 and words in failed.stderr and len(failed.stderr.strip().split("\n")) == 1
+    shown = subprocess.run([sys.executable, "run.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0 and "python run.py samples.npz" in shown.stdout
+
+
+def test_run_py_prepares_uint8_pictures_as_they_were_for_optimizing(tmp_path):
+    artifact = conv_net()
+    deployed(artifact, tmp_path, batch=2)
+    program = json.loads((tmp_path / "program.json").read_text())
+    program["preprocessing"] = {"normalize": "0.5/0.25", "mean": [0.5], "std": [0.25]}
+    (tmp_path / "program.json").write_text(json.dumps(program))
+    _, channels, height, width = artifact.signature.inputs[0].shape
+    pictures = np.random.default_rng(0).integers(0, 256, (3, height, width, channels), dtype=np.uint8)
+    ready = np.ascontiguousarray(
+        ((pictures / np.float32(255) - np.float32(0.5)) / np.float32(0.25)).transpose(0, 3, 1, 2)
+    )
+    for name, array in (("raw", pictures), ("ready", ready)):
+        np.savez(tmp_path / f"{name}.npz", x=array)
+        subprocess.run([sys.executable, "run.py", f"{name}.npz", f"{name}-out.npz"], cwd=tmp_path, check=True)
+    with np.load(tmp_path / "raw-out.npz") as raw, np.load(tmp_path / "ready-out.npz") as prepared:
+        np.testing.assert_allclose(raw["y"], prepared["y"], rtol=1e-5, atol=1e-6)
