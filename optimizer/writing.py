@@ -34,7 +34,7 @@ def write_bundle(run: Run, out: Path) -> Bundle:
         artifact = run.result.winner.branch.artifact
         _copy_model(run, folder)
         target = registry.target(run.recipe.target.name)
-        winner.worker.call("save", folder=str(folder / target.name()))
+        deployed = winner.worker.call("save", folder=str(folder / target.name()))["files"]
         write_json(
             folder / "program.json", program_json(target.name(), artifact.signature, winner.facts, preprocessing(run))
         )
@@ -43,7 +43,7 @@ def write_bundle(run: Run, out: Path) -> Bundle:
             (folder / "run.py").write_text(script)
         _copy_assets(run, folder)
         (folder / "recipe.yaml").write_text(recipes.dump(resolved(run)))
-        report = build_report(run, _sizes(run, target.name()))
+        report = build_report(run, _sizes(run, winner, deployed))
         (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
         _write_html(report, folder)
         write_json(folder / LOCK, lock(run, folder))
@@ -85,14 +85,14 @@ def _write_html(report: Report, folder: Path) -> None:
     (folder / "report.html").write_text(render(report), encoding="utf-8")
 
 
-def _sizes(run: Run, target: str) -> dict[str, int]:
-    """Bytes of what each side deploys."""
+def _sizes(run: Run, winner: Side, deployed: list[str]) -> dict[str, int]:
+    """Bytes of what each side deploys; the winner's files are in the bundle already."""
     sizes = {}
     for label, side in run.result.sides.items():
         if label == "torch eager":
             continue
         where = run.folder / f"saved-{label.replace(' ', '-')}"
-        files = side.worker.call("save", folder=str(where))["files"]
+        files = deployed if side is winner else side.worker.call("save", folder=str(where))["files"]
         sizes[label] = sum(Path(file).stat().st_size for file in files)
     return sizes
 
