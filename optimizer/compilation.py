@@ -17,16 +17,18 @@ from typing import Any
 
 from perwatt import registry
 from perwatt.artifact import Artifact
+from perwatt.bench.meters import open_meter
 from perwatt.bundle import Bundle, check_destination, no_room
 from perwatt.candidates import explore
 from perwatt.contract import Context, Pass
 from perwatt.data import Samples
 from perwatt.errors import InputError, PerwattError
 from perwatt.isolation import Worker, workspace
-from perwatt.measuring import SCREENING, Effort, Side, figures, interleave
+from perwatt.measuring import SCREENING, Conductor, Effort, figures, interleave
 from perwatt.pipeline import Pipeline, Proof, Row
 from perwatt.preparation import Prepared, Progress, first_row, operating_point, prepare, source_outputs
 from perwatt.recipe import OneOf, PassStep, Recipe
+from perwatt.sides import Side
 from perwatt.signature import Batch
 from perwatt.study import Result, Study
 from perwatt.worker import load_outputs
@@ -99,7 +101,11 @@ def compile_model(
     check_destination(out, model_name(recipe), force, inputs_of(recipe))
     with full_disk_explained(), workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         prepared = prepare(recipe, Path(scratch), checks, progress, cleanup)
-        run = _search(recipe, steps, prepared, Path(scratch), checks, progress, started)
+        meter, notes = open_meter(device=prepared.target["device"])
+        cleanup.callback(meter.close)
+        prepared.notes.extend(notes)
+        conductor = Conductor(meter, seed=recipe.seed)
+        run = _search(recipe, steps, prepared, Path(scratch), checks, conductor, progress, started)
         for side in run.result.sides.values():
             cleanup.callback(side.close)
         progress("writing the bundle", 0.96)
@@ -107,7 +113,7 @@ def compile_model(
 
 
 def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, folder: Path, checks: Worker,
-            progress: Progress, started: float) -> Run:  # fmt: skip
+            conductor: Conductor, progress: Progress, started: float) -> Run:  # fmt: skip
     """From the model as read to the answer: passes, candidates, measurements."""
     pipeline = _pipeline(recipe, prepared, folder, checks, _pass_progress(progress, steps), started)
     first = first_row(
@@ -132,11 +138,11 @@ def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, f
         effort=_effort(recipe, started),
         deadline=_deadline(recipe, started, SCREENING_SHARE),
         progress=lambda share, text: progress(text, 0.45 + 0.5 * share),
+        conductor=conductor,
     )
     result = study.run(branches)
     result.notes = [*prepared.notes, *result.notes]
-    energy = result.sides["original"].worker.call("meter_facts")
-    return Run(recipe, steps, folder, started, prepared, [first, *result.rows], result, energy)
+    return Run(recipe, steps, folder, started, prepared, [first, *result.rows], result, conductor.meter.describe())
 
 
 def _deadline(recipe: Recipe, started: float, share: float) -> float | None:

@@ -6,8 +6,10 @@ Nothing here does work. Passes branch on `Capabilities`, never on a target's nam
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import resource
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +22,16 @@ import numpy as np
 from perwatt.artifact import Artifact, Step
 from perwatt.data import Samples
 from perwatt.errors import TargetError
-from perwatt.measurement import Boundary, Method, Window
+from perwatt.measurement import Boundary, Method, Reading, Window
 from perwatt.signature import Array, Batch, Signature, inferences, rows, split
 
 if TYPE_CHECKING:
     from perwatt.recipe import Budget
 
-Scenario = Literal["single-stream", "offline"]
+PR_SET_TIMERSLACK = 29
+"""Of Linux's prctl(2)."""
+
+Scenario = Literal["single-stream", "offline", "server"]
 
 
 @dataclass(frozen=True)
@@ -195,9 +200,28 @@ class Program(ABC):
             done += inferences(self.signature, batch)
         return Window(done, now - start, cpu_seconds() - cpu, latencies)
 
+    def serve(self, samples: Sequence[Batch], arrivals_s: Sequence[float], clock: Clock | None = None) -> Window:
+        """Serve requests that come by themselves: request i is due `arrivals_s[i]` seconds after the start and waits
+        its turn where the backend is busy. Latency counts from when a request was due, not from when it was begun."""
+        clock = clock or Clock()
+        latencies: list[float] = []
+        done = 0
+        cpu, start = cpu_seconds(), clock.now()
+        for turn, due in enumerate(arrivals_s):
+            clock.wait_until(start + due)
+            batch = samples[turn % len(samples)]
+            self.call(batch)
+            latencies.append((clock.now() - start - due) * 1e3)
+            done += inferences(self.signature, batch)
+        return Window(done, clock.now() - start, cpu_seconds() - cpu, latencies)
+
 
 class Target(ABC):
-    """A place to run. One a file; the file's name is the target's name."""
+    """A place to run. One a file; the file's name is the target's name. `formats` are the endings of model files of the
+    backend's own that `open_file` takes; `device` is what does the arithmetic, and so what a meter has to watch."""
+
+    formats: ClassVar[tuple[str, ...]] = ()
+    device: ClassVar[Literal["cpu", "gpu"]] = "cpu"
 
     @abstractmethod
     def missing(self) -> list[str]:
@@ -215,6 +239,14 @@ class Target(ABC):
         """The program that `Program.save` wrote into `folder`, ready to run. Raises TargetError where there is no such way."""
         raise TargetError(f"{self.name()} programs can't be loaded from a bundle")
 
+    def file_signature(self, path: Path) -> Signature:
+        """Inputs and outputs of a model file in one of `formats`. Raises InputError where it is none."""
+        raise TargetError(f"{self.name()} has no model files of its own")
+
+    def open_file(self, path: Path, signature: Signature, point: OperatingPoint) -> Program:
+        """Compile a model file in one of `formats` as it is. Raises BackendError with the backend's own words."""
+        raise TargetError(f"{self.name()} has no model files of its own")
+
     def script(self) -> str | None:
         """A `run.py` that runs the saved program with the backend and NumPy only; None where there is none."""
         return None
@@ -230,22 +262,60 @@ class Target(ABC):
 
 
 class Meter(ABC):
-    """Reads the energy of a window."""
+    """Reads the energy of a window, in the process that conducts the measurement. One a file, in `bench/`.
+
+    `refresh_s` is how often a counter moves; None where nothing has to be waited for (a model of the machine)."""
 
     method: Method
     boundary: Boundary | None
+    refresh_s: float | None = None
+
+    def missing(self) -> list[str]:
+        """Why this meter can't be used here, each with what mends it; empty means it can. A counter that does not
+        advance is missing."""
+        return []
 
     @abstractmethod
     def start(self) -> None:
-        """A window begins."""
+        """A window begins. Raises nothing: what goes wrong is told by `stop`."""
 
     @abstractmethod
-    def stop(self, window: Window) -> float | None:
-        """The window is over: its energy in joules, None where there is none to be had."""
+    def stop(self, window: Window) -> Reading:
+        """The window is over; `window` is the load as its process saw it (no inferences and no CPU time while idle)."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """How the joules are come by: source, assumptions, uncertainty."""
+        """How the joules are come by: method, boundary, how, source, uncertainty, refresh_s."""
+
+    def close(self) -> None:  # noqa: B027 (most meters hold nothing)
+        """Let go of devices, processes and sockets."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The name on the command line: the file's name in kebab case."""
+        return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+
+class Clock:
+    """The time that a load generator goes by, in seconds. A scripted device brings a scripted one.
+
+    It waits asleep to the very end, because spinning costs what is to be measured: half a millisecond of a core for each
+    request. The overshoot, about 0.07 ms on a virtual machine, counts as latency."""
+
+    def __init__(self) -> None:
+        # Linux lets a sleep run 0.05 ms over so as to wake for several timers at once; a request that comes by the
+        # network is not held up so.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1)
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        return time.perf_counter()
+
+    def wait_until(self, moment: float) -> None:
+        """Come back when `now()` has reached `moment`."""
+        while (left := moment - self.now()) > 0:
+            time.sleep(left)
 
 
 def cpu_seconds() -> float:
@@ -265,6 +335,7 @@ __all__ = [
     "Array",
     "Batch",
     "Capabilities",
+    "Clock",
     "Context",
     "Meter",
     "OperatingPoint",

@@ -49,13 +49,31 @@ class Ratio:
 
 @dataclass
 class Window:
-    """One stretch of load on one program, as the process that ran it saw it.
+    """One stretch of load on one program.
 
-    `cpu_s` is user + system time of the whole process; `latencies_ms` one entry for each call; `energy_j` is None where
-    there is no meter."""
+    `cpu_s` is user + system time of the whole process that ran it; `latencies_ms` one entry for each call. Energy is
+    filled in by whoever held the meter: None where there is none, and `energy_reason` says why. `refreshes` is how often
+    the counter moved, `meter_cpu_s` what reading it cost. `steal_s` and `other_cpu_s` are CPU seconds that the
+    hypervisor took and that other processes used meanwhile; None where the system does not say."""
 
     inferences: int
     wall_s: float
     cpu_s: float
     latencies_ms: list[float] = field(default_factory=list)
     energy_j: float | None = None
+    energy_reason: str | None = None
+    refreshes: int | None = None
+    meter_cpu_s: float = 0.0
+    steal_s: float | None = None
+    other_cpu_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a meter says of one window: `energy_j` in joules, None where it can't tell, and then `reason` says why.
+    `refreshes`: how often the counter moved in the window; `meter_cpu_s`: CPU seconds that reading it cost."""
+
+    energy_j: float | None
+    reason: str | None = None
+    refreshes: int | None = None
+    meter_cpu_s: float = 0.0

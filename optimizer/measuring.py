@@ -1,118 +1,146 @@
-"""Measures programs side by side: one worker for each, windows interleaved, until the ratio is known well enough.
+"""Measures programs side by side: one worker for each, windows interleaved in randomised ABBA blocks.
 
-Each round gives every side one window, in an order that turns round with every round (A B, B A, …), so that a machine
-that slows down or recovers hurts all sides alike. Ratios are taken within rounds.
+A block gives every subject two windows: all of them in a random order, and then in the reverse order (A B B A), so that
+a machine that slows down or recovers during a block hurts all alike. A subject with two processes (`replicas`) gives
+each of them one window of the two; what those two differ by, the model being the same, is the noise floor of the job
+(A/A). Ratios are taken within blocks.
+
+Where joules come from a counter, short windows give time only, and longer ones, interleaved in the same way, give
+energy: at least 10 s, and 100 refreshes of the counter.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from perwatt.artifact import Artifact
 from perwatt.bench.statistics import half_width, paired_figures, paired_ratio, percentile, percentile_ratio
-from perwatt.contract import OperatingPoint
+from perwatt.bench.unavailable import Unavailable
+from perwatt.contract import Meter
+from perwatt.errors import BackendError
 from perwatt.isolation import Worker
 from perwatt.measurement import Ratio, Window
+from perwatt.sides import Side
 
 FIGURES = (
     "cpu_s_per_inference", "throughput_per_s", "latency_p50_ms", "latency_p99_ms",
     "power_w", "energy_j_per_inference", "throughput_per_watt",
 )  # fmt: skip
-
-
 PERCENTILES = {"latency_p50_ms": 0.5, "latency_p99_ms": 0.99}
+OF_ENERGY = ("power_w", "energy_j_per_inference", "throughput_per_watt")
+
+COUNTER_WINDOW_S = 10.0
+COUNTER_REFRESHES = 100
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure. Rounds go on until the CPU-seconds ratio's half-width is below `tight`, at least
-    `min_rounds`, at most until `max_s`."""
+    """How long to measure. Blocks go on until the CPU-seconds ratio's half-width is below `tight`, at least
+    `min_blocks`, at most until `max_s`. `steady_s`: most time for warming up until the cost of a call is steady."""
 
     window_s: float = 0.15
     warm_up_s: float = 0.3
-    min_rounds: int = 12
+    min_blocks: int = 6
     max_s: float = 12.0
     tight: float = 0.015
+    steady_s: float | None = None
 
 
-CALL_TIMEOUT_S = 600.0
-"""A backend that takes longer for a few calls hangs, or is of no use."""
+SCREENING = Effort(window_s=0.1, warm_up_s=0.15, min_blocks=3, max_s=2.5, tight=0.025)
+STOPPING_RESAMPLES = 1000
+"""To decide whether to go on; what is reported has more."""
 
-SCREENING = Effort(window_s=0.1, warm_up_s=0.15, min_rounds=6, max_s=2.5, tight=0.025)
 
+class Conductor:
+    """Gives windows one at a time on the whole machine, and reads the meter around each.
 
-class Side:
-    """One program in one worker, with the windows it was given."""
+    With `probe`, a worker of its own, what the machine's arithmetic units reach is measured before each window."""
 
-    def __init__(self, label: str, worker: Worker) -> None:
-        self.label = label
-        self.worker = worker
-        self.facts: dict[str, Any] = {}
-        self.windows: list[Window] = []
-        self.peak_memory_bytes: int | None = None
-        self._prepared: Path | None = None
-        self._load: Callable[[], dict[str, Any]] = dict
+    def __init__(self, meter: Meter | None = None, *, probe: Worker | None = None, seed: int = 0) -> None:
+        self.meter = meter or Unavailable("no meter was asked for")
+        self.probe = probe
+        self.random = random.Random(seed)
+        self.probed: list[list[dict[str, float]]] = []
+        self.probe_s = 0.0
 
-    @classmethod
-    def lowered(
-        cls,
-        label: str,
-        target: str,
-        artifact: Artifact,
-        point: OperatingPoint,
-        folder: Path,
-        worker: Worker | None = None,
-    ) -> Side:
-        """Lower `artifact` in a worker of its own, or in `worker`, whose last program makes room for it."""
-        side = cls(label, worker or Worker(label))
-        side.worker.start()
-        model = str(artifact.file(folder))
-        side._load = lambda: side.worker.call("open", target=target, model=model, point=asdict(point))
-        try:
-            side.load()
-        except BaseException:
-            side.close()
-            raise
-        return side
+    @property
+    def counter_window_s(self) -> float | None:
+        """Length of a window that the meter's counter can tell the energy of; None where any window will do."""
+        if self.meter.refresh_s is None:
+            return None
+        return max(COUNTER_WINDOW_S, COUNTER_REFRESHES * self.meter.refresh_s)
 
-    @classmethod
-    def eager(cls, exported: Path, artifact: Artifact, point: OperatingPoint, folder: Path) -> Side:
-        """Run torch eager in a worker; `load()` takes a while, and may be called meanwhile, in another thread."""
-        side = cls("torch eager", Worker("torch eager"))
-        side.worker.start()
-        model = str(artifact.file(folder))
-        side._load = lambda: side.worker.call("open_eager", exported=str(exported), model=model, point=asdict(point))
-        return side
-
-    def load(self) -> None:
-        """Load the program into the worker, anew where the worker died."""
-        self.facts = self._load()
-        self._prepared = None
-
-    def prepare(self, samples: Path, warm_up_s: float) -> None:
-        """Load the calls and warm up; a side that did so already is warm."""
-        if self._prepared != samples:
-            self.worker.call("prepare", timeout_s=CALL_TIMEOUT_S, samples=str(samples), warm_up_s=warm_up_s)
-            self._prepared = samples
-
-    def window(self, seconds: float) -> Window:
-        """One more window of load."""
-        window = Window(**self.worker.call("drive", timeout_s=CALL_TIMEOUT_S + 10 * seconds, seconds=seconds))
-        self.windows.append(window)
+    def window(self, side: Side, seconds: float) -> Window:
+        """One window for time; with its energy where the meter needs no longer ones."""
+        self._probe()
+        if self.counter_window_s is None:
+            self.meter.start()
+            window = side.window(seconds)
+            self._read(window)
+        else:
+            window = side.window(seconds)
+        side.windows.append(window)
+        side.settle()
         return window
 
-    def note_memory(self) -> None:
-        """Keep the highest resident memory of this side's process so far: inference, before anything else is asked."""
-        self.peak_memory_bytes = self.worker.call("memory")["peak_memory_bytes"]
+    def energy_window(self, side: Side, seconds: float) -> Window:
+        """One window that is long enough for the meter."""
+        self.meter.start()
+        window = side.window(max(seconds, self.counter_window_s or 0.0))
+        self._read(window)
+        side.energy_windows.append(window)
+        side.settle()
+        return window
 
-    def close(self) -> None:
-        """End the worker."""
-        self.worker.close()
+    def served(self, side: Side, arrivals_s: Sequence[float]) -> Window:
+        """One window of requests that come by themselves, with its energy; kept by the caller."""
+        self.meter.start()
+        window = side.serve(arrivals_s)
+        self._read(window)
+        side.settle()
+        return window
+
+    def idle(self, seconds: float) -> Window:
+        """A window without load: the programs are loaded, their processes sleep."""
+        self.meter.start()
+        start = time.perf_counter()
+        time.sleep(seconds)
+        window = Window(0, time.perf_counter() - start, 0.0)
+        self._read(window)
+        return window
+
+    def block(self, subjects: Sequence[Sequence[Side]], give: Callable[[Side], Window]) -> None:
+        """One ABBA block: every subject twice, by two of its processes where it has them."""
+        self.probed.append([])
+        order = list(range(len(subjects)))
+        self.random.shuffle(order)
+        first = [self.random.randrange(len(replicas)) for replicas in subjects]
+        for number in order:
+            give(subjects[number][first[number]])
+        for number in reversed(order):
+            give(subjects[number][(first[number] + 1) % len(subjects[number])])
+        self._probe()
+
+    def _probe(self) -> None:
+        if self.probe is None:
+            return
+        start = time.perf_counter()
+        try:
+            self.probed[-1].append(self.probe.call("probe", timeout_s=60.0))
+        except BackendError:
+            # A machine where the probe does not run is measured without it.
+            self.probe.close()
+            self.probe = None
+        self.probe_s += time.perf_counter() - start
+
+    def _read(self, window: Window) -> None:
+        reading = self.meter.stop(window)
+        window.energy_j, window.energy_reason = reading.energy_j, reading.reason
+        window.refreshes, window.meter_cpu_s = reading.refreshes, reading.meter_cpu_s
 
 
 def interleave(
@@ -121,65 +149,103 @@ def interleave(
     effort: Effort,
     progress: Callable[[float], None] = lambda share: None,
     hopeless: Callable[[Ratio], bool] = lambda ratio: False,
+    *,
+    conductor: Conductor | None = None,
 ) -> None:
-    """Give all sides windows in turn. The first side is compared with the last: their ratio of CPU seconds decides when
-    it is enough, because it is known well or because it is `hopeless`."""
+    """Give all sides windows in blocks. The first side is compared with the last: their ratio of CPU seconds decides
+    when it is enough, because it is known well or because it is `hopeless`."""
+    conductor = conductor or Conductor()
     for side in sides:
         side.windows.clear()
-        side.prepare(samples, effort.warm_up_s)
-    start = time.perf_counter()
-    rounds = 0
-    while True:
-        order = sides if rounds % 2 == 0 else list(reversed(sides))
-        for side in order:
-            side.window(effort.window_s)
-        rounds += 1
-        spent = time.perf_counter() - start
-        progress(min(1.0, max(rounds / effort.min_rounds / 2, spent / effort.max_s)))
-        if spent > effort.max_s and rounds >= 2:
-            return
-        if rounds < effort.min_rounds:
-            continue
+        side.energy_windows.clear()
+        side.prepare(samples, effort.warm_up_s, effort.steady_s)
+
+    def enough() -> bool:
         if len(sides) < 2:
-            return
-        ratio = cpu_ratio(sides[-1], sides[0])
-        if half_width(ratio) < effort.tight or hopeless(ratio):
-            return
+            return True
+        ratio = cpu_ratio(sides[-1], sides[0], resamples=STOPPING_RESAMPLES)
+        return half_width(ratio) < effort.tight or hopeless(ratio)
+
+    run_blocks([[side] for side in sides], effort, conductor, enough, progress)
 
 
-def figures(windows: Sequence[Window]) -> dict[str, float | None]:
-    """The figures of one side: medians over its windows, percentiles over all calls; None where there is no energy."""
+def run_blocks(
+    subjects: Sequence[Sequence[Side]],
+    effort: Effort,
+    conductor: Conductor,
+    enough: Callable[[], bool],
+    progress: Callable[[float], None] = lambda share: None,
+) -> int:
+    """Blocks of short windows until `enough` says so or the time is up; returns how many."""
+    start = time.perf_counter()
+    blocks = 0
+    while True:
+        conductor.block(subjects, lambda side: conductor.window(side, effort.window_s))
+        blocks += 1
+        spent = time.perf_counter() - start
+        progress(min(1.0, max(blocks / effort.min_blocks / 2, spent / effort.max_s)))
+        if spent > effort.max_s and blocks >= 2:
+            return blocks
+        if blocks >= effort.min_blocks and enough():
+            return blocks
+
+
+def run_energy_blocks(
+    subjects: Sequence[Sequence[Side]],
+    blocks: int,
+    conductor: Conductor,
+    progress: Callable[[float], None] = lambda share: None,
+) -> None:
+    """Blocks of windows that the meter's counter can tell the energy of; none where short ones have it already."""
+    seconds = conductor.counter_window_s
+    for number in range(blocks if seconds is not None else 0):
+        conductor.block(subjects, lambda side: conductor.energy_window(side, seconds or 0.0))
+        progress((number + 1) / blocks)
+
+
+def figures(windows: Sequence[Window], energy: Sequence[Window] = ()) -> dict[str, float | None]:
+    """The figures of one side: medians over its windows, percentiles over all calls; None where there is no energy.
+    `energy`: the windows that were long enough for a counter, where there are such."""
     latencies = [latency for w in windows for latency in w.latencies_ms]
-    cpu = median(w.cpu_s / w.inferences for w in windows)
-    throughput = median(w.inferences / w.wall_s for w in windows)
-    known = [w.energy_j / w.inferences for w in windows if w.energy_j is not None]
-    energy = median(known) if len(known) == len(windows) else None
+    read = energy or windows
+    known = [w.energy_j / w.inferences for w in read if w.energy_j is not None]
+    joules = median(known) if known and len(known) == len(read) else None
     return {
-        "cpu_s_per_inference": cpu,
-        "throughput_per_s": throughput,
+        "cpu_s_per_inference": median(w.cpu_s / w.inferences for w in windows),
+        "throughput_per_s": median(w.inferences / w.wall_s for w in windows),
         "latency_p50_ms": percentile(latencies, 0.5),
         "latency_p99_ms": percentile(latencies, 0.99),
-        "power_w": median(w.energy_j / w.wall_s for w in windows if w.energy_j is not None) if energy else None,
-        "energy_j_per_inference": energy,
+        "power_w": median(w.energy_j / w.wall_s for w in read if w.energy_j is not None) if joules else None,
+        "energy_j_per_inference": joules,
         # Inferences a second for each watt is inferences per joule.
-        "throughput_per_watt": 1 / energy if energy else None,
+        "throughput_per_watt": 1 / joules if joules else None,
     }
 
 
-def cpu_ratio(optimized: Side, original: Side) -> Ratio:
+def _windows_for(name: str, side: Side) -> list[Window]:
+    """The windows that know this figure of a side."""
+    return side.energy_windows if name in OF_ENERGY and side.energy_windows else side.windows
+
+
+def _by_window(name: str, side: Side) -> list[float | None]:
+    return [figures([window])[name] for window in _windows_for(name, side)]
+
+
+def cpu_ratio(optimized: Side, original: Side, resamples: int | None = None) -> Ratio:
     """Optimized ÷ original in CPU seconds per inference: what decides."""
     pairs = list(zip(optimized.windows, original.windows, strict=False))
-    return paired_ratio([a.cpu_s / a.inferences for a, _ in pairs], [b.cpu_s / b.inferences for _, b in pairs])
+    ours, theirs = [a.cpu_s / a.inferences for a, _ in pairs], [b.cpu_s / b.inferences for _, b in pairs]
+    return paired_ratio(ours, theirs) if resamples is None else paired_ratio(ours, theirs, resamples=resamples)
 
 
 def side_by_side(optimized: Side, original: Side) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """The figures of both sides over the same rounds, so that dividing them gives the ratios of `ratios`."""
-    ours, theirs = figures(optimized.windows), figures(original.windows)
-    pairs = list(zip(optimized.windows, original.windows, strict=False))
+    """The figures of both sides over the same blocks, so that dividing them gives the ratios of `ratios`."""
+    ours = figures(optimized.windows, optimized.energy_windows)
+    theirs = figures(original.windows, original.energy_windows)
     for name in FIGURES:
         if name in PERCENTILES:
             continue
-        both = [(figures([a])[name], figures([b])[name]) for a, b in pairs]
+        both = zip(_by_window(name, optimized), _by_window(name, original), strict=False)
         known = [(a, b) for a, b in both if a and b]
         if known:
             ours[name], theirs[name] = paired_figures([a for a, _ in known], [b for _, b in known])
@@ -187,11 +253,13 @@ def side_by_side(optimized: Side, original: Side) -> tuple[dict[str, float | Non
 
 
 def ratios(optimized: Side, original: Side) -> dict[str, Ratio]:
-    """Optimized ÷ original for every figure, paired by round, with 95 % intervals."""
+    """Optimized ÷ original for every figure, paired window by window, with 95 % intervals."""
+    found = {}
+    for name in FIGURES:
+        ours, theirs = _by_window(name, optimized), _by_window(name, original)
+        count = min(len(ours), len(theirs))
+        found[name] = paired_ratio(ours[:count], theirs[:count])
     rounds = min(len(optimized.windows), len(original.windows))
-    ours = [figures([w]) for w in optimized.windows[:rounds]]
-    theirs = [figures([w]) for w in original.windows[:rounds]]
-    found = {name: paired_ratio([f[name] for f in ours], [f[name] for f in theirs]) for name in FIGURES}
     calls = [[window.latencies_ms for window in side.windows[:rounds]] for side in (optimized, original)]
     for name, share in PERCENTILES.items():
         found[name] = percentile_ratio(calls[0], calls[1], share)

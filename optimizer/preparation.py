@@ -18,10 +18,10 @@ from perwatt.drift import drift
 from perwatt.errors import BackendError, InputError, PerwattError, TargetError
 from perwatt.evaluation import Evaluation, check_original
 from perwatt.isolation import Worker
-from perwatt.measuring import Side
 from perwatt.pipeline import Row, finite_drift
 from perwatt.reading import Reading, read
 from perwatt.recipe import Recipe
+from perwatt.sides import Side
 from perwatt.signature import Batch
 from perwatt.synthetic import synthetic
 from perwatt.worker import capabilities_from_json, load_outputs

@@ -34,12 +34,15 @@ from perwatt.errors import BackendError
 from perwatt.evaluation import Evaluation
 from perwatt.isolation import Worker
 from perwatt.measurement import Ratio
-from perwatt.measuring import SCREENING, Effort, Side, cpu_ratio, interleave, ratios
+from perwatt.measuring import SCREENING, Conductor, Effort, cpu_ratio, interleave, ratios, run_energy_blocks
 from perwatt.pipeline import Row
 from perwatt.recipe import Budget
+from perwatt.sides import Side
 from perwatt.worker import load_outputs
 
 FINAL_TRIES = 2
+ENERGY_BLOCKS = 2
+"""Of windows for a counter of energy, where there is one."""
 CLEARLY_WORSE = 1.1
 """A floating precision that costs the original more than this is not tried on other graphs."""
 
@@ -81,11 +84,13 @@ class Study:
         effort: Effort,
         deadline: float | None,
         progress: Callable[[float, str], None],
+        conductor: Conductor | None = None,
     ) -> None:
         self.target, self.capabilities, self.point, self.budget = target, capabilities, point, budget
         self.source, self.timing, self.folder, self.eager = source, timing, folder, eager
         self.select, self.evaluation, self.max_drop = select, evaluation, max_drop
         self.effort, self.deadline, self.progress = effort, deadline, progress
+        self.conductor = conductor or Conductor()
         self.notes: list[str] = []
         self._screening = Worker("candidate")
 
@@ -129,7 +134,7 @@ class Study:
                 comparison = self._judge(candidate, side, self.select)
                 if self._too_much(comparison):
                     candidate.verdict, candidate.reason = "rejected", self._drop_text(comparison, self.select)
-            interleave([baseline, side], self.timing, SCREENING, hopeless=self._hopeless)
+            interleave([baseline, side], self.timing, SCREENING, hopeless=self._hopeless, conductor=self.conductor)
             candidate.ratios = ratios(side, baseline)
             candidate.p99_ms = _p99(side)
         except BackendError as error:
@@ -301,8 +306,9 @@ class Study:
                 sides["optimized"] = self._open("optimized", winner)
             interleave(
                 list(sides.values()), self.timing, effort, lambda share: self.progress(0.6 + 0.35 * share, "measuring"),
-                self._hopeless,
+                self._hopeless, conductor=self.conductor,
             )  # fmt: skip
+            run_energy_blocks([[side] for side in sides.values()], ENERGY_BLOCKS, self.conductor)
             for side in sides.values():
                 side.note_memory()
         except BaseException:

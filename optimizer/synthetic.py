@@ -12,7 +12,7 @@ import ast
 import operator
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,12 +57,20 @@ def synthetic(artifact: Artifact, count: int = 64, seed: int = 0) -> Samples:
         if spec.dtype == "unknown" or spec.shape is None:
             raise _impossible(spec, "has no known type or shape")
     limits = {spec.name: index_limit(values[spec.name]) for spec in signature.inputs if dtype_of(spec).kind in "iu"}
+    return made_up(signature, count, seed, limits)
+
+
+def made_up(
+    signature: Signature, count: int = 64, seed: int = 0, limits: Mapping[str, int | None] | None = None
+) -> Samples:
+    """The same for a signature alone; `limits` of indices, by input, where the graph is known (ones, where it is not)."""
+    known = limits or {}
     random = np.random.default_rng(seed)
     sizes = _Sizes(signature)
 
     def call(leading: int | None) -> Batch:
         shapes = {spec: sizes.shape(spec, leading) for spec in signature.inputs}
-        return {spec.name: _array(spec, shape, limits.get(spec.name), random) for spec, shape in shapes.items()}
+        return {spec.name: _array(spec, shape, known.get(spec.name), random) for spec, shape in shapes.items()}
 
     if signature.batch is None:
         return whole_calls([call(None) for _ in range(count)])

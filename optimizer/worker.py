@@ -22,15 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from perwatt.artifact import Artifact
+from perwatt.artifact import Artifact, signature_from_json
+from perwatt.bench.machine import ticks
+from perwatt.bench.probe import aligned
+from perwatt.bench.steadiness import warm_up
 from perwatt.bundle import no_room
 from perwatt.contract import Capabilities, Context, OperatingPoint, Program, QuantizationStyle, as_calls, cpu_seconds
 from perwatt.data import Samples
 from perwatt.errors import BackendError, InputError, PerwattError
+from perwatt.measurement import Window
 from perwatt.signature import Batch
 
 WATCH_S = 0.5
 SETTLE_S = 1.0
+SETTLE_STEP_S = 0.004
 TIMED_ITEMS = 64
 TIMED_BYTES = 256_000_000
 
@@ -43,7 +48,7 @@ class Session:
         self.program: Program | None = None
         self.model: Path | None = None
         self.calls: list[Batch] = []
-        self.meter: Any = None
+        self.probe_models: Any = None
 
     # Checking and reference -------------------------------------------------------------------------------------
 
@@ -119,9 +124,10 @@ class Session:
 
         found = registry.target(name)
         missing = found.missing()
+        facts = {"missing": missing, "device": found.device}
         if missing:
-            return {"missing": missing, "capabilities": None, "versions": {}}
-        return {"missing": [], "capabilities": asdict(found.capabilities()), "versions": found.versions()}
+            return {**facts, "capabilities": None, "versions": {}}
+        return {**facts, "capabilities": asdict(found.capabilities()), "versions": found.versions()}
 
     def open(self, target: str, model: str, point: dict[str, Any]) -> dict[str, Any]:
         """Lower `model`; the program stays open in this worker."""
@@ -138,43 +144,81 @@ class Session:
         self.program = EagerProgram(Path(exported), Artifact.load(model).signature, OperatingPoint(**point))
         return self.program.facts()
 
+    def load(self, target: str, folder: str, signature: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
+        """The program that a bundle holds."""
+        from perwatt import registry
+
+        self.program, self.model = None, None
+        found = registry.target(target)
+        self.program = found.load(Path(folder), signature_from_json(signature), OperatingPoint(**point))
+        return self.program.facts()
+
+    def file_signature(self, target: str, path: str) -> dict[str, Any]:
+        """Inputs and outputs of a model file of the backend's own."""
+        from perwatt import registry
+
+        return {"signature": asdict(registry.target(target).file_signature(Path(path)))}
+
+    def open_file(self, target: str, path: str, signature: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
+        """Compile a model file of the backend's own as it is."""
+        from perwatt import registry
+
+        self.program, self.model = None, Path(path)
+        found = registry.target(target)
+        self.program = found.open_file(Path(path), signature_from_json(signature), OperatingPoint(**point))
+        return self.program.facts()
+
     def predict(self, samples: str, out: str) -> dict[str, Any]:
         """Outputs of the opened program over all samples, one `.npz` for each batch."""
         program = self._program()
         return {"batches": _store((program.run(batch) for batch in Samples.load(Path(samples))), Path(out))}
 
-    def prepare(self, samples: str, warm_up_s: float) -> dict[str, Any]:
-        """Take the calls for timing from `samples`, and run them until warm."""
+    # Load -------------------------------------------------------------------------------------------------------
+
+    def prepare(self, samples: str, warm_up_s: float, most_s: float | None = None) -> dict[str, Any]:
+        """Take the calls for timing from `samples`, and run them until the cost of a call is steady: for `warm_up_s` at
+        least and, where it does not become so, `most_s` at most."""
         program = self._program()
-        drawn = Samples.load(Path(samples)).take(max(TIMED_ITEMS, program.batch_size or 1))
-        self.calls = []
-        size = 0
-        for call in as_calls(program.signature, list(drawn), program.batch_size or 1):
-            size += sum(array.nbytes for array in call.values())
-            if self.calls and size > TIMED_BYTES:
-                break
-            self.calls.append({name: np.ascontiguousarray(array) for name, array in call.items()})
-        # Calls come grouped by shape; in traffic they do not.
-        np.random.default_rng(0).shuffle(self.calls)
+        self.calls = _timed_calls(program, Samples.load(Path(samples)))
         program.drive(self.calls, 0.0)
         for call in self.calls:
             program.call(call)
-        program.drive(self.calls, warm_up_s)
-        return {"calls": len(self.calls)}
+
+        def slice_cost(seconds: float) -> float:
+            window = program.drive(self.calls, seconds)
+            return window.cpu_s / window.inferences
+
+        warmed = warm_up(slice_cost, min_s=warm_up_s, max_s=max(warm_up_s, most_s or warm_up_s))
+        return {"calls": len(self.calls), **warmed}
 
     def drive(self, seconds: float) -> dict[str, Any]:
-        """One window of load, with its energy where a meter is to be had."""
-        program, meter = self._program(), self._meter()
-        meter.start()
-        window = program.drive(self.calls, seconds)
-        window.energy_j = meter.stop(window)
-        _settle()
-        return asdict(window)
+        """One window of load at the program's scenario."""
+        program = self._program()
+        return asdict(_watched(lambda: program.drive(self.calls, seconds)))
 
-    def meter_facts(self) -> dict[str, Any]:
-        """How joules are come by on this machine."""
-        described: dict[str, Any] = self._meter().describe()
-        return described
+    def serve(self, arrivals_s: Sequence[float]) -> dict[str, Any]:
+        """One window of requests that come by themselves, at the given times after its start."""
+        program = self._program()
+        return asdict(_watched(lambda: program.serve(self.calls, arrivals_s)))
+
+    def settle(self) -> dict[str, Any]:
+        """Wait until this process is idle: a thread pool may spin for a while, and would disturb the other side."""
+        until = time.perf_counter() + SETTLE_S
+        while time.perf_counter() < until:
+            before = cpu_seconds()
+            time.sleep(SETTLE_STEP_S)
+            if cpu_seconds() - before < SETTLE_STEP_S / 5:
+                break
+        return {}
+
+    def probe(self) -> dict[str, Any]:
+        """Tera-operations a second that the machine reaches at this moment, by type."""
+        if self.probe_models is None:
+            from perwatt.bench.probe import Probe
+
+            self.probe_models = Probe()
+        reached: dict[str, float] = self.probe_models.measure()
+        return reached
 
     def save(self, folder: str) -> dict[str, Any]:
         """What is deployed, written into `folder`."""
@@ -198,13 +242,6 @@ class Session:
         if self.program is None:
             raise BackendError("no program is open in this worker")
         return self.program
-
-    def _meter(self) -> Any:
-        if self.meter is None:
-            from perwatt.bench.modelled import Modelled
-
-            self.meter = Modelled()
-        return self.meter
 
 
 def capabilities_from_json(plain: dict[str, Any]) -> Capabilities:
@@ -241,14 +278,33 @@ def _not_here() -> list[float]:
     raise BackendError("an isolated pass can't measure: measuring wants a worker for each side")
 
 
-def _settle() -> None:
-    """Wait until this process is idle: a thread pool may spin for a while, and would disturb the other side."""
-    until = time.perf_counter() + SETTLE_S
-    while time.perf_counter() < until:
-        before = cpu_seconds()
-        time.sleep(0.01)
-        if cpu_seconds() - before < 0.002:
-            return
+def _timed_calls(program: Program, samples: Samples) -> list[Batch]:
+    """Calls of the program's own size, enough for variety and few enough for memory, in mixed order."""
+    drawn = samples.take(max(TIMED_ITEMS, program.batch_size or 1))
+    calls: list[Batch] = []
+    size = 0
+    for call in as_calls(program.signature, list(drawn), program.batch_size or 1):
+        size += sum(array.nbytes for array in call.values())
+        if calls and size > TIMED_BYTES:
+            break
+        # Where NumPy's memory begins differs from process to process, and matrix units care: up to 1.7× in bf16.
+        calls.append({name: aligned(array) for name, array in call.items()})
+    # Calls come grouped by shape; in traffic they do not.
+    np.random.default_rng(0).shuffle(calls)
+    return calls
+
+
+def _watched(load: Callable[[], Window]) -> Window:
+    """A window with what the hypervisor took and other processes used meanwhile."""
+    before = ticks()
+    window = load()
+    after = ticks()
+    if before is not None and after is not None:
+        passed = after.since(before)
+        window.steal_s = passed.steal_s
+        # Below zero where the ticks are coarser than the window; over many windows that evens out.
+        window.other_cpu_s = passed.busy_s - window.cpu_s
+    return window
 
 
 def _status_bytes(field: str) -> int | None:

@@ -17,8 +17,9 @@ from perwatt.bundle import LOCK, Bundle, digest_of, program_json, write_json, wr
 from perwatt.compilation import Run, model_name
 from perwatt.datasets_fit import parse_normalization
 from perwatt.measurement import Ratio
-from perwatt.measuring import FIGURES, Side, cpu_ratio, figures, ratios, side_by_side
+from perwatt.measuring import FIGURES, cpu_ratio, figures, ratios, side_by_side
 from perwatt.report import Report
+from perwatt.sides import Side
 
 LABELLED = ("power_w", "energy_j_per_inference", "throughput_per_watt")
 RECORDED_PACKAGES = (
@@ -119,7 +120,7 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
     score = result.score.value if result.score is not None else None
     baseline_accuracy = run.prepared.evaluation.original.value if run.prepared.evaluation is not None else None
 
-    measured = {label: figures(side.windows) for label, side in sides.items()}
+    measured = {label: figures(side.windows, side.energy_windows) for label, side in sides.items()}
     if "optimized" in sides:
         # Of the same rounds, so that the columns of a table divide to its ratios.
         measured["optimized"], measured["original"] = side_by_side(shipped, original)
@@ -211,7 +212,8 @@ def _ratio_figures(ours: Side, theirs: Side, sizes: dict[str, int], peaks: dict[
     if ours is theirs:
         # One program: nothing was measured twice, so there is no noise to report.
         measured = {
-            name: Ratio(1.0, 1.0, 1.0) if figures(ours.windows)[name] is not None else Ratio(None) for name in FIGURES
+            name: Ratio(1.0, 1.0, 1.0) if figures(ours.windows, ours.energy_windows)[name] is not None else Ratio(None)
+            for name in FIGURES
         }
     else:
         measured = ratios(ours, theirs)
@@ -252,7 +254,7 @@ def _eager(sides: dict[str, Side], shipped: Side) -> dict[str, Any] | None:
     side = sides.get("torch eager")
     if side is None or not side.windows:
         return None
-    found = figures(side.windows)
+    found = figures(side.windows, side.energy_windows)
     ratio = cpu_ratio(shipped, side)
     return {
         "version": side.facts["version"],
@@ -282,8 +284,8 @@ def _candidate(candidate: Any) -> dict[str, Any]:
 
 def _measuring(side: Side) -> dict[str, Any]:
     return {
-        "protocol": "one process for each side, windows interleaved in alternating order, ratios within rounds, "
-        "95 % intervals of the trimmed mean of log-ratios (Yuen)",
+        "protocol": "one process for each side, windows interleaved in randomised ABBA blocks, ratios within blocks, "
+        "95 % bootstrap intervals of the trimmed mean of log-ratios",
         "rounds": len(side.windows),
         "window_s": round(sum(w.wall_s for w in side.windows) / len(side.windows), 3),
         "calls": sum(len(w.latencies_ms) for w in side.windows),

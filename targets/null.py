@@ -1,23 +1,39 @@
 """A target for tests: runs the model in ONNX Runtime, pretends to take the time that a script says.
 
 Nothing here is a measurement of anything. Latency and CPU time come from a cost for each operator, so that pipelines,
-reports and gates can be tested without hardware and without a clock.
+reports and gates can be tested without hardware and without a clock. Under server load, where requests come at times of
+their own, time is scripted as well: it stands still except where a request is waited for or served.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from perwatt.artifact import Artifact
-from perwatt.contract import Capabilities, OperatingPoint, Program, QuantizationStyle, Target
+from perwatt.contract import Capabilities, Clock, OperatingPoint, Program, QuantizationStyle, Target
 from perwatt.errors import BackendError
 from perwatt.measurement import Window
 from perwatt.signature import Batch, Signature, inferences
 
 COST_MS = {"Conv": 1.0, "Gemm": 0.5, "MatMul": 0.5, "BatchNormalization": 0.25}
 """Scripted cost of an operator; one that is not named costs 0.05 ms."""
+
+
+class ScriptedClock(Clock):
+    """Time that passes only where it is waited for, and then at once."""
+
+    def __init__(self) -> None:
+        self.moment = 0.0
+
+    def now(self) -> float:
+        return self.moment
+
+    def wait_until(self, moment: float) -> None:
+        self.moment = max(self.moment, moment)
 
 
 class Null(Target):
@@ -64,16 +80,23 @@ class NullProgram(Program):
         counts = artifact.operator_counts()
         cost = sum(COST_MS.get(name, 0.05) * count for name, count in counts.items()) or 0.05
         self.cost_ms = cost / (2 if counts.get("DequantizeLinear") else 1)
+        self.clock: Clock = ScriptedClock()
 
     def call(self, batch: Batch) -> Batch:
         names = [spec.name for spec in self.signature.outputs]
+        self.clock.wait_until(self.clock.now() + self.cost_ms / 1e3)
         return dict(zip(names, self.session.run(names, batch), strict=True))
 
-    def drive(self, samples: list[Batch], seconds: float) -> Window:  # type: ignore[override]
+    def drive(self, samples: Sequence[Batch], seconds: float) -> Window:
         calls = max(1, int(seconds * 1e3 / self.cost_ms))
         done = sum(inferences(self.signature, samples[i % len(samples)]) for i in range(calls))
         busy = calls * self.cost_ms / 1e3
         return Window(done, busy, busy, [self.cost_ms] * calls)
+
+    def serve(self, samples: Sequence[Batch], arrivals_s: Sequence[float], clock: Clock | None = None) -> Window:
+        """The inherited generator in scripted time, one request at a time; CPU seconds are those that were busy."""
+        self.clock = clock or ScriptedClock()
+        return replace(super().serve(samples, arrivals_s, self.clock), cpu_s=len(arrivals_s) * self.cost_ms / 1e3)
 
     def save(self, folder: Path) -> list[Path]:
         return [Path(shutil.copy(self.path, folder / "model.onnx"))]

@@ -4,6 +4,10 @@ OpenVINO runs "fp32" models in bfloat16 where the processor can, unless `INFEREN
 always set here, to the backend's own default where nothing else was asked for, and read back into the facts.
 The batch axis is made static at the operating point's batch, because static shapes let the plugin choose layouts at
 compile time; other batches are split, and the remainder is filled up.
+
+Server load gets the THROUGHPUT hint, as offline load does: the question is the highest rate, and requests that overlap
+are served by several streams at once. Its price is a longer single call, since each stream has fewer threads. Where the
+bound is tighter than that allows, the operating point says `streams: 1`, and all threads work on one request.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,12 +24,13 @@ from typing import Any
 import numpy as np
 
 from perwatt.artifact import Artifact
-from perwatt.contract import Capabilities, OperatingPoint, Program, QuantizationStyle, Target, cpu_seconds
-from perwatt.errors import BackendError
+from perwatt.contract import Capabilities, Clock, OperatingPoint, Program, QuantizationStyle, Target
+from perwatt.errors import BackendError, InputError
 from perwatt.measurement import Window
-from perwatt.signature import Batch, Signature, inferences
+from perwatt.signature import Batch, Signature, TensorSpec
+from perwatt.targets._openvino_load import Load, in_words, telling_lines
 
-HINTS = {"single-stream": "LATENCY", "offline": "THROUGHPUT"}
+HINTS = {"single-stream": "LATENCY", "offline": "THROUGHPUT", "server": "THROUGHPUT"}
 PRECISIONS = {"bf16": "bf16", "f32": "f32", "f16": "f16"}
 """Ours to OpenVINO's names; the default that the plugin reports is among them."""
 
@@ -42,13 +48,15 @@ def _core() -> Any:
 class OpenVINO(Target):
     """Intel's runtime on x86 and Arm CPUs."""
 
+    formats = (".xml",)
+
     def missing(self) -> list[str]:
         try:
             devices = _core().available_devices
         except ImportError as error:
             return [f"openvino can't be imported ({error}): pip install openvino"]
         except Exception as error:
-            return [f"openvino does not start: {_words(error)}"]
+            return [f"openvino does not start: {telling_lines(error)}"]
         return [] if "CPU" in devices else [f"openvino finds no CPU plugin here, only {devices or 'nothing'}"]
 
     def capabilities(self) -> Capabilities:
@@ -77,6 +85,22 @@ class OpenVINO(Target):
         """Compile what `save` wrote. Raises BackendError with OpenVINO's own words."""
         return _compiled(folder / "model.xml", signature, point)
 
+    def file_signature(self, path: Path) -> Signature:
+        """Inputs and outputs of an OpenVINO IR. A dynamic leading dimension is the batch axis; other dynamic dimensions
+        are named after their place, so that inputs of one sequence length share a symbol."""
+        try:
+            model = _core().read_model(str(path))
+        except Exception as error:
+            fix = "it needs its model.bin beside it" if "bin file" in str(error) else None
+            raise InputError(
+                f"{path} is no OpenVINO model that can be read: {telling_lines(error)}", fix=fix
+            ) from error
+        return Signature(tuple(map(_spec, model.inputs)), tuple(map(_spec, model.outputs)))
+
+    def open_file(self, path: Path, signature: Signature, point: OperatingPoint) -> Program:
+        """Compile an OpenVINO IR as it is. Raises BackendError with OpenVINO's own words."""
+        return _compiled(path, signature, point)
+
     def script(self) -> str:
         return (files("perwatt.targets") / "openvino_run.py.txt").read_text()
 
@@ -92,7 +116,7 @@ def _compiled(path: Path, signature: Signature, point: OperatingPoint) -> Progra
     except BackendError:
         raise
     except Exception as error:
-        raise BackendError(f"OpenVINO refused the model: {_words(error)}") from error
+        raise BackendError(f"OpenVINO refused the model: {telling_lines(error)}") from error
 
 
 class OpenVINOProgram(Program):
@@ -127,15 +151,14 @@ class OpenVINOProgram(Program):
             floating_precision=precision,
         )
         self.request = self.compiled.create_infer_request()
+        self.generator = Load(self.compiled, self.request, signature)
         # By position, not by name: OpenVINO may give a port several names or none.
         self.inputs = [spec.name for spec in signature.inputs]
         self.outputs = [spec.name for spec in signature.outputs]
 
     def call(self, batch: Batch) -> Batch:
-        try:
+        with in_words():
             self.request.infer([batch[name] for name in self.inputs], share_inputs=True)
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed on this input: {_words(error)}") from error
         found = [np.array(self.request.get_output_tensor(i).data) for i in range(len(self.outputs))]
         return {name: self._as_declared(name, array) for name, array in zip(self.outputs, found, strict=True)}
 
@@ -143,41 +166,16 @@ class OpenVINOProgram(Program):
         spec = next(s for s in self.signature.outputs if s.name == name)
         return array if spec.dtype in ("unknown", str(array.dtype)) else array.astype(spec.dtype)
 
-    def drive(self, samples: list[Batch], seconds: float) -> Window:  # type: ignore[override]
-        """Single-stream: one call after the other. Offline: as many calls under way as the compiled model likes."""
-        feeds = [[batch[name] for name in self.inputs] for batch in samples]
-        counts = [inferences(self.signature, batch) for batch in samples]
+    def drive(self, samples: Sequence[Batch], seconds: float) -> Window:
+        """Single-stream: one call after the other. Offline and server: as many calls under way as the compiled model
+        likes, which is also the rate that no arrivals can exceed for long."""
         if self.point.scenario == "single-stream":
-            return self._drive_one(feeds, counts, seconds)
-        return self._drive_queue(feeds, counts, seconds)
+            return self.generator.one_by_one(samples, seconds)
+        return self.generator.saturated(samples, seconds)
 
-    def _drive_one(self, feeds: list[Any], counts: list[int], seconds: float) -> Window:
-        latencies: list[float] = []
-        done, infer = 0, self.request.infer
-        cpu, start = cpu_seconds(), time.perf_counter()
-        now = start
-        while now - start < seconds or not latencies:
-            turn = len(latencies) % len(feeds)
-            infer(feeds[turn], share_inputs=True, share_outputs=True)
-            then, now = now, time.perf_counter()
-            latencies.append((now - then) * 1e3)
-            done += counts[turn]
-        return Window(done, now - start, cpu_seconds() - cpu, latencies)
-
-    def _drive_queue(self, feeds: list[Any], counts: list[int], seconds: float) -> Window:
-        import openvino
-
-        queue = openvino.AsyncInferQueue(self.compiled)
-        latencies: list[float] = []
-        queue.set_callback(lambda request, started: latencies.append((time.perf_counter() - started) * 1e3))
-        done, turn = 0, 0
-        cpu, start = cpu_seconds(), time.perf_counter()
-        while time.perf_counter() - start < seconds or not turn:
-            queue.start_async(feeds[turn % len(feeds)], time.perf_counter(), share_inputs=True)
-            done += counts[turn % len(feeds)]
-            turn += 1
-        queue.wait_all()
-        return Window(done, time.perf_counter() - start, cpu_seconds() - cpu, latencies)
+    def serve(self, samples: Sequence[Batch], arrivals_s: Sequence[float], clock: Clock | None = None) -> Window:
+        """As many requests under way as the compiled model likes; the others wait their turn."""
+        return self.generator.arriving(samples, arrivals_s, clock or Clock())
 
     def save(self, folder: Path) -> list[Path]:
         """`model.xml` and `model.bin` (batch left dynamic where the source's was), and how to run them."""
@@ -227,6 +225,17 @@ def _reshape_batch(model: Any, batch: int) -> None:
     model.reshape(shapes)
 
 
+def _spec(port: Any) -> TensorSpec:
+    shape, kind = port.get_partial_shape(), port.get_element_type()
+    dims = None
+    if shape.rank.is_static:
+        names = [f"axis{axis}" if axis else "batch" for axis in range(len(shape))]
+        dims = tuple(name if dim.is_dynamic else dim.get_length() for name, dim in zip(names, shape, strict=True))
+    # The bindings give float16 for bfloat16: NumPy has no such type.
+    dtype = "bfloat16" if kind.get_type_name() == "bf16" else str(np.dtype(kind.to_dtype()))
+    return TensorSpec(port.get_any_name() if port.get_names() else port.get_node().get_friendly_name(), dtype, dims)
+
+
 @cache
 def _default_precision() -> str:
     hint = _core().get_property("CPU", "INFERENCE_PRECISION_HINT")
@@ -244,11 +253,3 @@ def cpu_isa() -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(name for name in known if name in flags)
-
-
-def _words(error: Exception) -> str:
-    """The telling lines of an OpenVINO message: without the trail of source files and conditions before it."""
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    trail = r"Exception from src|While validating|FrontEnd API failed|Check '.*' failed at \S+$"
-    telling = [line for line in lines if not re.match(trail, line)]
-    return re.sub(r"\s+", " ", " ".join(telling or lines))[:400]

@@ -69,10 +69,11 @@ class ScriptedSide:
         self.label, self.play, self.shared = label, play, shared
         self.worker = ScriptedWorker(self)
         self.windows: list[Window] = []
+        self.energy_windows: list[Window] = []
         self.facts: dict[str, Any] = {}
         self.closed = False
 
-    def prepare(self, samples: Path, warm_up_s: float) -> None:
+    def prepare(self, samples: Path, warm_up_s: float, most_s: float | None = None) -> None:
         if self.play.crash == "measuring":
             raise BackendError(f"{self.label}: the worker was ended by SIGSEGV during prepare")
 
@@ -81,8 +82,10 @@ class ScriptedSide:
         cpu_s = (final or self.play.cost_ms) / 1e3 * NOISE[(len(self.windows) + len(self.label)) % len(NOISE)]
         wall_s = self.play.wall_ms / 1e3 if self.play.wall_ms else cpu_s
         latency = self.play.p99_ms or wall_s * 1e3
-        self.windows.append(Window(100, 100 * wall_s, 100 * cpu_s, [latency] * 100))
-        return self.windows[-1]
+        return Window(100, 100 * wall_s, 100 * cpu_s, [latency] * 100)
+
+    def settle(self) -> None:
+        """Nothing runs."""
 
     def load(self) -> None:
         """A program that is scripted needs no loading."""
@@ -166,7 +169,7 @@ class Stage:
             max_drop=self.budget.max_drop or 0.0,
             folder=self.folder,
             eager=ScriptedSide("torch eager", self.eager, shared=True) if self.eager else None,
-            effort=Effort(min_rounds=4, max_s=5),
+            effort=Effort(min_blocks=2, max_s=5),
             deadline=None,
             progress=lambda share, text: None,
         )

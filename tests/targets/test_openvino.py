@@ -4,14 +4,19 @@ import json
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
+import openvino
 import pytest
 from models import build, control_flow, conv_net, feed, mlp, no_batch, node, outputs, transformer, two_and_two, weight
+from openvino import opset13 as opset
 
 from perwatt.artifact import Artifact
 from perwatt.bundle import program_json
-from perwatt.contract import OperatingPoint, as_calls
-from perwatt.errors import BackendError
+from perwatt.contract import Clock, OperatingPoint, as_calls
+from perwatt.errors import BackendError, InputError
+from perwatt.signature import Signature, TensorSpec
+from perwatt.targets.null import ScriptedClock
 from perwatt.targets.openvino import OpenVINO
 
 TARGET = OpenVINO()
@@ -164,7 +169,7 @@ def test_saving_leaves_weights_as_they_are(tmp_path):
     assert (tmp_path / "model.bin").stat().st_size > 0.9 * artifact.size_bytes()
 
 
-@pytest.mark.parametrize("scenario", ["single-stream", "offline"])
+@pytest.mark.parametrize("scenario", ["single-stream", "offline", "server"])
 def test_load_completes_all_its_calls_and_counts_them(scenario, tmp_path):
     artifact = conv_net()
     program = lowered(artifact, tmp_path, scenario=scenario, batch=4, streams=1)
@@ -181,6 +186,172 @@ def test_a_call_is_one_inference_where_there_is_no_batch_axis(tmp_path):
     artifact = no_batch()
     window = lowered(artifact, tmp_path, scenario="offline").drive([feed(artifact)], 0.0)
     assert window.inferences == len(window.latencies_ms) == 1
+
+
+@pytest.mark.parametrize("scenario", ["single-stream", "offline"])
+def test_load_takes_inputs_of_every_type_and_memory(scenario, tmp_path):
+    nodes = [
+        node("Cast", "half", "h", to=1), node("Cast", "brain", "b", to=1), node("Cast", "ids", "i", to=1),
+        node("Cast", "truth", "t", to=1), node("Add", "h b", "s1"), node("Add", "i t", "s2"), node("Add", "s1 s2", "y"),
+    ]  # fmt: skip
+    inputs = "half:float16[batch,2] brain:bfloat16[batch,2] ids:int64[batch,2] truth:bool[batch,2]"
+    artifact = build(nodes, inputs, "y:float32[batch,2]")
+    program = lowered(artifact, tmp_path, scenario=scenario)
+    call = {
+        "half": np.float16([[1, 2]]), "brain": np.ones((1, 2), ml_dtypes.bfloat16),
+        "ids": np.asfortranarray(np.int64([[3, 4], [5, 6]]))[:1], "truth": np.array([[True, False]]),
+    }  # fmt: skip
+    call["half"].flags.writeable = False
+    kept = {name: array.copy() for name, array in call.items()}
+    assert program.drive([call], 0.0).inferences >= 1
+    assert np.array_equal(program.run(call)["y"], [[6.0, 7.0]])
+    assert all(np.array_equal(call[name], kept[name]) for name in kept)
+
+
+def test_sequences_of_any_length_follow_each_other_under_load(tmp_path):
+    artifact = transformer()
+    calls = [feed(artifact, items=1, words=words) for words in (3, 9, 5)]
+    program = lowered(artifact, tmp_path, scenario="offline", streams=2)
+    assert len(program.serve(calls, [0.0] * 30).latencies_ms) == 30
+    same(outputs(artifact, calls[1]), program.run(calls[1]))
+
+
+# Requests that come by themselves -------------------------------------------------------------------------------------
+
+
+def test_requests_are_served_when_due_and_wait_their_turn(tmp_path):
+    artifact = conv_net()
+    program = lowered(artifact, tmp_path, scenario="server", batch=2, streams=1)
+    calls = as_calls(artifact.signature, [feed(artifact, items=6)], 2)
+    window = program.serve(calls, [0.0] * 20 + [0.05])
+    # On one stream, requests that are due together are answered one after the other; the last one comes later.
+    together = window.latencies_ms[:20]
+    assert together == sorted(together) and together[0] > 0
+    assert window.inferences == 42 and len(window.latencies_ms) == 21
+    assert window.wall_s >= 0.05 and max(window.latencies_ms) <= 1e3 * window.wall_s
+    assert window.cpu_s > 0
+
+
+def test_load_without_requests_is_an_empty_window(tmp_path):
+    window = lowered(mlp(), tmp_path, scenario="server").serve([feed(mlp(), items=1)], [])
+    assert window.inferences == 0 and window.latencies_ms == []
+
+
+def test_the_clock_that_is_given_says_when_a_request_is_due(tmp_path):
+    program = lowered(mlp(), tmp_path, scenario="server")
+    window = program.serve([feed(mlp(), items=1)], [0.0, 3600.0, 7200.0], ScriptedClock())
+    # Two hours pass at once, and nobody waited in them: what is left is OpenVINO's own time.
+    assert window.wall_s == 7200.0 and all(0 < latency < 3.6e6 for latency in window.latencies_ms)
+
+
+def test_the_clock_is_never_early_and_the_past_is_not_waited_for():
+    clock = Clock()
+    for _ in range(5):
+        moment = clock.now() + 2e-3
+        clock.wait_until(moment)
+        assert clock.now() >= moment
+    clock.wait_until(clock.now() - 1e6)
+
+
+def test_server_load_gets_several_streams_unless_the_point_says_otherwise(tmp_path):
+    settings = lowered(conv_net(), tmp_path, scenario="server", streams=1).facts()["settings"]
+    assert (settings["PERFORMANCE_HINT"], settings["NUM_STREAMS"]) == ("THROUGHPUT", 1)
+    assert "NUM_STREAMS" not in lowered(conv_net(), tmp_path, scenario="server").facts()["settings"]
+
+
+def picky(folder, scenario):
+    """A program that takes rows whose length is a multiple of four, and fails on all others."""
+    artifact = build(
+        [node("Reshape", "x to", "r"), node("MatMul", "r w", "y")], "x:float32[a,b]", "y:float32[a,2]",
+        {"to": np.int64([-1, 4]), "w": weight(4, 2)},
+    )  # fmt: skip
+    return lowered(artifact, folder, scenario=scenario)
+
+
+@pytest.mark.parametrize("scenario", ["single-stream", "offline", "server"])
+def test_a_failure_under_load_is_an_error_in_words_and_not_the_end(scenario, tmp_path):
+    program = picky(tmp_path, scenario)
+    good, bad = {"x": np.zeros((1, 8), np.float32)}, {"x": np.zeros((1, 3), np.float32)}
+    for _ in range(2):
+        with pytest.raises(BackendError, match=r"OpenVINO failed on this input: .*Reshape"):
+            program.drive([good, bad], 0.2)
+        with pytest.raises(BackendError, match=r"OpenVINO failed on this input: .*Reshape"):
+            program.serve([good, good, bad], [0.0] * 9)
+        assert program.drive([good], 0.0).inferences >= 1
+        assert len(program.serve([good], [0.0] * 9).latencies_ms) == 9
+
+
+# Model files of OpenVINO's own ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [conv_net, transformer, two_and_two, no_batch, lambda: conv_net(batch="4")])
+def test_a_model_file_says_its_names_types_and_shapes_and_runs(make, tmp_path):
+    artifact = make()
+    program = lowered(artifact, tmp_path, batch=4)
+    program.save(tmp_path)
+    found = TARGET.file_signature(tmp_path / "model.xml")
+    for old, new in zip(
+        (*artifact.signature.inputs, *artifact.signature.outputs), (*found.inputs, *found.outputs), strict=True
+    ):
+        assert (new.name, new.dtype) == (old.name, old.dtype)
+        assert [d if isinstance(d, int) else "?" for d in new.shape] == [
+            d if isinstance(d, int) else "?" for d in old.shape
+        ]
+    assert isinstance(found.batch, str) == isinstance(artifact.signature.batch, str)
+    opened = TARGET.open_file(
+        tmp_path / "model.xml", found, OperatingPoint(batch=2, floating_precision="f32", threads=2)
+    )
+    batch = feed(artifact, items=5)
+    same(program.run(batch), opened.run(batch), atol=1e-5)
+
+
+def ir_file(folder, *parameters, named=True):
+    """An IR whose outputs are its inputs, doubled; inputs are (name, OpenVINO type, shape)."""
+    inputs = []
+    for name, kind, shape in parameters:
+        made = opset.parameter(openvino.PartialShape(shape), getattr(openvino.Type, kind))
+        made.set_friendly_name(name)
+        if named:
+            made.output(0).set_names({name})
+        inputs.append(made)
+    results = [opset.result(opset.add(made, made)) for made in inputs]
+    openvino.save_model(openvino.Model(results, inputs), str(folder / "m.xml"), compress_to_fp16=False)
+    return folder / "m.xml"
+
+
+def test_dynamic_dimensions_are_named_after_their_place_and_the_first_is_the_batch(tmp_path):
+    found = TARGET.file_signature(ir_file(tmp_path, ("ids", "i64", "[?,?]"), ("mask", "bf16", "[1..8,?,1..5]")))
+    assert found.inputs == (
+        TensorSpec("ids", "int64", ("batch", "axis1")), TensorSpec("mask", "bfloat16", ("batch", "axis1", "axis2")),
+    )  # fmt: skip
+    assert found.batch == "batch" and found.other_dynamic == {"axis1", "axis2"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("f32", "float32"), ("f16", "float16"), ("u8", "uint8"), ("i32", "int32"), ("f64", "float64")]
+)
+def test_types_are_those_of_numpy(kind, dtype, tmp_path):
+    assert TARGET.file_signature(ir_file(tmp_path, ("x", kind, "[2,3]"))).inputs == (TensorSpec("x", dtype, (2, 3)),)
+
+
+def test_a_port_without_a_name_and_one_without_a_rank_are_known_all_the_same(tmp_path):
+    nameless = TARGET.file_signature(ir_file(tmp_path, ("x", "f32", "[2]"), named=False))
+    assert nameless.inputs == (TensorSpec("x", "float32", (2,)),) and nameless.outputs[0].name
+    anything = TARGET.file_signature(ir_file(tmp_path, ("x", "f32", "...")))
+    assert anything.inputs[0].shape is None and anything.batch is None
+
+
+def test_what_is_no_model_file_is_refused_in_words(tmp_path):
+    assert TARGET.formats == (".xml",)
+    (tmp_path / "bad.xml").write_text("<html/>")
+    with pytest.raises(InputError, match=r"bad\.xml is no OpenVINO model that can be read: Unable to read the model"):
+        TARGET.file_signature(tmp_path / "bad.xml")
+    lowered(conv_net(), tmp_path).save(tmp_path)
+    (tmp_path / "model.bin").unlink()
+    with pytest.raises(InputError, match=r"it needs its model\.bin beside it"):
+        TARGET.file_signature(tmp_path / "model.xml")
+    with pytest.raises(BackendError, match="OpenVINO refused the model: Empty weights"):
+        TARGET.open_file(tmp_path / "model.xml", Signature((), ()), OperatingPoint())
 
 
 def test_a_refused_model_says_which_operator_it_was(tmp_path):
