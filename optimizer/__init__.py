@@ -14,20 +14,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from perwatt.api import Model, Reading, load, optimize, read
     from perwatt.artifact import Artifact
+    from perwatt.bench_report import BenchReport
+    from perwatt.benching import benchmark
     from perwatt.bundle import Bundle
     from perwatt.errors import BackendError, InputError, PerwattError, TargetError, UntrustedCodeError
+    from perwatt.gate_report import GateReport
+    from perwatt.gating import gate
     from perwatt.recipe import Recipe
 
 _HOMES = {
     "optimize": "api", "read": "api", "load": "api", "Model": "api", "Reading": "api",
+    "benchmark": "benching", "BenchReport": "bench_report", "gate": "gating", "GateReport": "gate_report",
     "Artifact": "artifact", "Bundle": "bundle", "Recipe": "recipe",
     "PerwattError": "errors", "InputError": "errors", "UntrustedCodeError": "errors",
     "TargetError": "errors", "BackendError": "errors",
 }  # fmt: skip
 
 __all__ = [
-    "Artifact", "BackendError", "Bundle", "InputError", "Model", "PerwattError", "Reading", "Recipe", "TargetError",
-    "UntrustedCodeError", "load", "optimize", "read",
+    "Artifact", "BackendError", "BenchReport", "Bundle", "GateReport", "InputError", "Model", "PerwattError", "Reading",
+    "Recipe", "TargetError", "UntrustedCodeError", "benchmark", "gate", "load", "optimize", "read",
 ]  # fmt: skip
 
 

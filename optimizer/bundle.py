@@ -281,3 +281,17 @@ def program_json(
         "settings": facts.get("settings", {}),
         "preprocessing": preprocessing,
     }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises InputError where it can't be written."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise _cant_write(path, error) from None

@@ -1,7 +1,7 @@
 """The command line: `optimize MODEL …` and its subcommands. Imports nothing heavy until there is work to do.
 
-Exit codes: 0 done (also unchanged), 1 reserved for a failed gate, 2 usage or input, 3 budget not met (the best so far is
-kept), 4 target not usable here, 5 internal. 130 after Ctrl-C.
+Exit codes: 0 done (also unchanged), 1 a gate failed (nothing else), 2 usage or input, 3 budget not met (the best so far
+is kept) or a gate is inconclusive, 4 target not usable here, 5 internal. 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -9,18 +9,31 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from perwatt.cli_options import (
+    BUDGET,
+    CONFIG,
+    MODEL,
+    POINT,
+    RUN,
+    SAMPLES,
+    SCENARIO,
+    TARGET,
+    TRAINING,
+    complete_pass,
+    with_options,
+)  # fmt: skip
+
 EXIT_CODES = """\b
 Exit codes:
   0  done (also when the answer is the original: outcome "unchanged")
-  1  reserved for a failed gate
+  1  a gate failed; nothing else ever ends with 1
   2  usage or input: a file, a flag, a recipe, the data
-  3  budget not met; the best so far is kept
+  3  budget not met, the best so far is kept; or a gate is inconclusive
   4  the target can't be used here
   5  internal error, or a backend failed
 """
@@ -32,6 +45,8 @@ Examples:
   optimize ./bert-folder --target cpu --data reviews.csv --text sentence --label label
   optimize weights.th --arch net.py:resnet20 --data calib.npz --eval test.npz --max-drop 0.5
   optimize --config recipe.yaml
+  optimize bench model-cpu other.onnx
+  optimize gate --base main-bundle --head pr-bundle --limits gate.yaml
 """
 
 
@@ -83,99 +98,6 @@ class Program(click.Group):
         return [name for name in sorted(self.commands) if not self.commands[name].hidden]
 
 
-def _complete_pass(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from perwatt import registry
-
-    return [name for name in registry.names("passes") if name.startswith(incomplete)]
-
-
-def _complete_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from perwatt import registry
-
-    return [name for name in [*registry.ALIASES, *registry.names("targets")] if name.startswith(incomplete)]
-
-
-OPTIONS: list[Callable[[Any], Any]] = [
-    click.option(
-        "--target",
-        "-t",
-        shell_complete=_complete_target,
-        help="Where it will run; see `optimize targets`.  [default: cpu]",
-    ),
-    click.option("--config", "-c", type=click.Path(dir_okay=False), help="Recipe file; options override it."),
-    click.option(
-        "--data",
-        metavar="PATH",
-        help="Samples: .npz, folder of pictures, .csv/.tsv, or file.py:callable. Alone it serves everything and is split.",
-    ),
-    click.option(
-        "--eval", "eval_", metavar="PATH", help="Labelled samples that accuracy is judged on; --data then calibrates."
-    ),
-    click.option("--train", metavar="PATH", help="Samples that passes may learn from."),
-    click.option("--image", metavar="N|HxW", help="Picture size that the model takes."),
-    click.option("--resize", type=int, help="Shorter side before the centre crop."),
-    click.option("--normalize", metavar="HOW", help="imagenet, cifar10, unit (x/255), none (0..255), or mean,…/std,…"),
-    click.option("--text", metavar="COL[,COL]", help="Column (or two) that holds the text."),
-    click.option("--label", metavar="COL", help="Column that holds the label."),
-    click.option("--metric", help="top1, top5, mse, cosine, agreement, or file.py:callable.  [default: by the labels]"),
-    click.option("--expect", type=float, metavar="PERCENT", help="Stop unless the original scores this."),
-    click.option("--max-samples", type=int, help="Use at most this many samples of each set."),
-    click.option(
-        "--max-drop",
-        type=float,
-        metavar="POINTS",
-        help="Accuracy that may be lost: points, or metric units.  [default: 1.0]",
-    ),
-    click.option(
-        "--prove-accuracy",
-        is_flag=True,
-        default=None,
-        help="The interval's bound must hold the budget, not the estimate.",
-    ),
-    click.option("--p99", metavar="TIME", help="Latency that 99 % of calls must stay under, as 20ms."),
-    click.option("--min-gain", metavar="SHARE", help="Least gain worth shipping.  [default: 3%]"),
-    click.option("--time", metavar="TIME", help="Time budget of the run, as 90s, 10m."),
-    click.option(
-        "--passes",
-        metavar="LIST",
-        shell_complete=_complete_pass,
-        help="default, a list in order, or edits: +prune-channels,-quantize-int8.",
-    ),
-    click.option(
-        "--scenario",
-        type=click.Choice(["single-stream", "offline"]),
-        help="Optimize and measure latency, or throughput.  [default: single-stream]",
-    ),
-    click.option("--batch", type=int, help="Items in a call.  [default: 1, offline 32]"),
-    click.option("--threads", type=int, help="Threads.  [default: the backend's own]"),
-    click.option("--arch", metavar="FILE.py:NAME", help="Callable that builds the network which weights belong to."),
-    click.option("--arch-args", metavar="A=B,…", help="Its arguments: num_classes=10,… or a JSON object."),
-    click.option(
-        "--input",
-        "input_",
-        multiple=True,
-        metavar="SPEC",
-        help='Input type, as "x:float32[batch,3,32,32]". Repeatable.',
-    ),
-    click.option("--trust", is_flag=True, default=None, help="Allow code that the model file carries to run."),
-    click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
-    click.option("--out", "-o", type=click.Path(), help="Bundle folder.  [default: MODEL-TARGET]"),
-    click.option("--force", is_flag=True, help="Replace whatever the output folder holds."),
-    click.option(
-        "--dry-run", is_flag=True, help="Check flags, recipe and paths, print the resolved recipe, do nothing."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output."),
-    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
-    click.option("--verbose", "-v", is_flag=True, help="Print every step, and the trace of an internal error."),
-]
-
-
-def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="perwatt", prog_name="perwatt")
 def cli() -> None:
@@ -184,7 +106,7 @@ def cli() -> None:
 
 @cli.command("run", hidden=True)
 @click.argument("model", required=False, type=click.Path())
-@_with_options
+@with_options(TARGET, CONFIG, SAMPLES, TRAINING, BUDGET, SCENARIO, POINT, MODEL, RUN)
 def run(model: str | None, **flags: Any) -> None:
     """Optimize MODEL."""
     from perwatt.options import build_recipe
@@ -266,7 +188,7 @@ def init(model: str, arch: str | None, input_: tuple[str, ...], trust: bool) -> 
 
 
 @cli.command()
-@click.argument("name", required=False, shell_complete=_complete_pass)
+@click.argument("name", required=False, shell_complete=complete_pass)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def passes(name: str | None, as_json: bool) -> None:
     """What passes there are, or one pass's page."""
@@ -309,12 +231,16 @@ def show(bundle: str, other: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("kind", type=click.Choice(["recipe", "report"]))
+@click.argument("kind", type=click.Choice(["recipe", "report", "limits", "gate", "bench"]))
 def schema(kind: str) -> None:
-    """Print the JSON Schema of a recipe or of report.json, for editors and programs."""
-    from perwatt import registry, report
+    """Print a JSON Schema: of a recipe, of report.json, of gate.yaml (limits), of what gate or bench say with --json."""
+    from perwatt import bench_report, gate_report, limits, registry, report
 
-    click.echo(json.dumps(registry.recipe_schema() if kind == "recipe" else report.schema(), indent=2))
+    made = {
+        "recipe": registry.recipe_schema, "report": report.schema, "limits": limits.schema, "gate": gate_report.schema,
+        "bench": bench_report.schema,
+    }  # fmt: skip
+    click.echo(json.dumps(made[kind](), indent=2))
 
 
 @cli.command()
@@ -327,6 +253,16 @@ def completion(shell: str) -> None:
     assert found is not None
     for name in ("optimize", "perwatt"):
         click.echo(found(cli, {}, name, f"_{name.upper()}_COMPLETE").source())
+
+
+def _more_commands() -> None:
+    from perwatt.cli_measuring import bench, gate, history
+
+    for command in (bench, gate, history):
+        cli.add_command(command)
+
+
+_more_commands()
 
 
 def main() -> None:
@@ -347,10 +283,14 @@ def main() -> None:
 
         if isinstance(error, PerwattError):
             _fail(str(error), error.exit_code, as_json)
+        hint = " (--verbose shows where)"
         if "--verbose" in sys.argv or "-v" in sys.argv:
-            raise
+            import traceback
+
+            traceback.print_exc()
+            hint = ""
         words = " ".join(str(error).split())[:300]
-        _fail(f"internal error: {type(error).__name__}: {words} (--verbose shows where)", 5, as_json)
+        _fail(f"internal error: {type(error).__name__}: {words}{hint}", 5, as_json)
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:

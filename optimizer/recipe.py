@@ -234,19 +234,19 @@ def _known_keys(path: list[str]) -> list[str]:
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a recipe file into plain data. Raises InputError for a missing file or bad YAML."""
+def load(path: str | Path, what: str = "recipe", fix: str = "start from `optimize init MODEL`") -> dict[str, Any]:
+    """Read a recipe file (or another `what`) into plain data. Raises InputError for a missing file or bad YAML."""
     import yaml
 
     path = Path(path)
     try:
         plain = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"can't read the recipe {path}: {error}") from None
+        raise InputError(f"can't read the {what} {path}: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
-        raise InputError(f"{path} is no recipe", fix="start from `optimize init MODEL`")
+        raise InputError(f"{path} is no {what}", fix=fix)
     return plain
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import perwatt
-from perwatt import registry, report
+from perwatt import bench_report, gate_report, limits, registry, report
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -52,8 +52,8 @@ def test_data_files_beside_modules_are_in_the_wheel() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert sorted(perwatt.__all__) == [
-        "Artifact", "BackendError", "Bundle", "InputError", "Model", "PerwattError", "Reading", "Recipe", "TargetError",
-        "UntrustedCodeError", "load", "optimize", "read",
+        "Artifact", "BackendError", "BenchReport", "Bundle", "GateReport", "InputError", "Model", "PerwattError", "Reading",
+        "Recipe", "TargetError", "UntrustedCodeError", "benchmark", "gate", "load", "optimize", "read",
     ]  # fmt: skip
     assert dir(perwatt) == sorted([*perwatt.__all__, "__version__"])
 
@@ -142,7 +142,13 @@ def test_the_readme_tells_of_every_subcommand_and_exit_code() -> None:
 
 
 def test_the_published_schemas_are_current() -> None:
-    for name, made in (("recipe", registry.recipe_schema()), ("report", report.schema())):
+    for name, made in (
+        ("recipe", registry.recipe_schema()),
+        ("report", report.schema()),
+        ("limits", limits.schema()),
+        ("gate", gate_report.schema()),
+        ("bench", bench_report.schema()),
+    ):
         published = json.loads((ROOT / "docs" / f"{name}.schema.json").read_text())
         assert published == made, f"optimize schema {name} > docs/{name}.schema.json"
 

@@ -1,0 +1,209 @@
+"""What measured figures rest on, in words, for every written form of a gate and of a benchmark: how the joules were come
+by, whether the run was disturbed, the machine, the warm-up, the protocol.
+
+The facts come as plain mappings whose keys differ by meter and system: known ones get a sentence, all others are named
+as they are. What is missing is left out, or says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from perwatt.figure_words import percent, values
+from perwatt.report_units import duration, number, plain
+from perwatt.report_words import facts, value_words
+
+NEVER_DECIDE = "modelled joules never decide by themselves: CPU seconds per inference do"
+SUFFIXES = (("_per_s", "1/s"), ("_ms", "ms"), ("_s", "s"), ("_w", "W"), ("_j", "J"), ("_bytes", "B"))
+
+
+def run_words(version: str, seconds: float, created: str) -> str:
+    """Which perwatt, how long, when."""
+    return f"perwatt {plain(version)}, {duration(seconds)}, {plain(created)}"
+
+
+def condition_words(disturbed: Sequence[str]) -> list[str]:
+    """Whether this counts as a disturbed run, and why."""
+    if not disturbed:
+        return ["quiet: nothing was seen that disturbed this run"]
+    return [f"disturbed: {plain(why)}" for why in disturbed]
+
+
+def point_words(point: Mapping[str, Any], precision: str | None) -> str:
+    """How a side was run; what was left to the backend says so."""
+    said = [
+        f"{plain(name).replace('_', ' ')} {'the default' if value is None else value_words(value)}"
+        for name, value in point.items()
+    ]
+    return ", ".join([*said, *([f"precision as run {plain(precision)}"] if precision else [])])
+
+
+def named_facts(found: Mapping[str, Any]) -> list[str]:
+    """Plain facts as "name: value"; a unit in a name goes with the value: window_s 0.15 is "window: 150 ms"."""
+    return [_named_fact(str(name), value) for name, value in _known(found).items()]
+
+
+def _known(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is missing or empty, at any depth."""
+    kept = {name: _known(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+    return {name: value for name, value in kept.items() if value is not None and value not in ("", [], {}, ())}
+
+
+def _named_fact(name: str, value: Any) -> str:
+    if _is_number(value):
+        for suffix, unit in SUFFIXES:
+            if name.endswith(suffix):
+                return f"{plain(name.removesuffix(suffix)).replace('_', ' ')}: {values(unit, [float(value)])[0]}"
+        if name == "seconds":
+            return f"took: {duration(float(value))}"
+    [(said, text)] = facts({name: value})
+    return f"{said}: {text}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# Joules -----------------------------------------------------------------------------------------------------------
+
+
+def energy_words(energy: Mapping[str, Any], gross: str = "", above_idle: str = "") -> list[str]:
+    """How the joules were come by: method and boundary; gross with the idle-subtracted beside it; idle state and policy;
+    windows, refresh period, n; what the meter itself cost. `gross` and `above_idle` are joules per inference, as words."""
+    method, how = energy.get("method") or "unavailable", plain(energy.get("how") or "no reason recorded")
+    if method == "unavailable":
+        return [f"unavailable: {how}"]
+    said = [f"{plain(method)}, boundary {plain(energy.get('boundary') or 'not stated')}: {how}"]
+    if gross:
+        beside = above_idle or "not measured"
+        said.append(f"gross (idle power included, the headline): {gross} per inference; above idle: {beside}")
+    said += [words for words in (_idle_words(energy), _window_words(energy)) if words]
+    overhead = energy.get("meter_overhead")
+    if overhead is not None:
+        said.append(f"the meter itself: {_overhead_words(overhead)}")
+    for key in ("uncertainty", "source"):
+        if energy.get(key):
+            said.append(f"{key}: {value_words(energy[key])}")
+    said += named_facts({name: value for name, value in energy.items() if name not in _SAID})
+    return [*said, *([NEVER_DECIDE] if method == "modelled" else [])]
+
+
+_SAID = {
+    "method", "boundary", "how", "source", "uncertainty", "window_s", "refresh_s", "least_refreshes", "n", "idle_policy",
+    "idle_state", "idle_power_w", "meter_overhead",
+}  # fmt: skip
+
+
+def _idle_words(energy: Mapping[str, Any]) -> str:
+    """The idle state with its power, and what is done about it."""
+    power, state, policy = (energy.get(key) for key in ("idle_power_w", "idle_state", "idle_policy"))
+    said = []
+    if state is not None or power is not None:
+        shown = values("W", [power])[0] if isinstance(power, int | float) else "power not measured"
+        said.append(f"idle: {shown}" + (f", {value_words(state)}" if state is not None else ""))
+    if policy is not None:
+        said.append(f"idle policy: {value_words(policy)}")
+    return "; ".join(said)
+
+
+def _window_words(energy: Mapping[str, Any]) -> str:
+    window, refresh, least, n = (energy.get(key) for key in ("window_s", "refresh_s", "least_refreshes", "n"))
+    said = []
+    if window is not None:
+        said.append(f"windows of {_seconds(window)}")
+    if n is not None:
+        said.append(f"n = {value_words(n)}")
+    if refresh is not None:
+        said.append(f"the counter refreshes every {_seconds(refresh)}")
+    if least is not None:
+        said.append(f"at least {value_words(least)} refreshes a window")
+    return ", ".join(said)
+
+
+def _seconds(value: Any) -> str:
+    return values("s", [float(value)])[0] if _is_number(value) else value_words(value)
+
+
+def _overhead_words(overhead: Any) -> str:
+    if isinstance(overhead, Mapping) and _is_number(overhead.get("share_of_one_cpu")):
+        return f"{percent(overhead['share_of_one_cpu'])} of one CPU while measuring"
+    return "nothing worth telling" if isinstance(overhead, Mapping) and not _known(overhead) else value_words(overhead)
+
+
+# The machine and the protocol -------------------------------------------------------------------------------------
+
+
+def machine_words(machine: Mapping[str, Any]) -> list[str]:
+    """The machine in a line, then all its other facts as far as they could be read."""
+    found = _known(machine)
+    print_, facts_ = (found.pop(key, None) for key in ("fingerprint", "facts"))
+    print_ = dict(print_) if isinstance(print_, Mapping) else {}
+    digest = found.pop("digest", None)
+    line = [value_words(print_.pop("name"))] if "name" in print_ else []
+    line += [f"{value_words(print_.pop('cpus'))} CPUs"] if "cpus" in print_ else []
+    line += [f"{value_words(print_.pop('memory_gib'))} GiB"] if "memory_gib" in print_ else []
+    line += [value_words(print_.pop("gpus"))] if "gpus" in print_ else []
+    line += [f"fingerprint {value_words(digest)}"] if digest is not None else []
+    rest = [*named_facts(print_), *(named_facts(facts_) if isinstance(facts_, Mapping) else []), *named_facts(found)]
+    return [*([", ".join(line)] if line else []), *rest]
+
+
+def flat_machine(machine: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """The machine's facts as names with dots and values, for readers that know nothing deeper."""
+    flat: dict[str, str] = {}
+    for name, value in _known(machine).items():
+        if isinstance(value, Mapping):
+            flat |= flat_machine(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value_words(value)
+    return flat
+
+
+def warm_up_words(found: Mapping[str, Any]) -> str:
+    """How long it took until the cost of a call was steady, and whether it became so."""
+    if not found:
+        return "not recorded"
+    said = [fact.removeprefix("took: ") for fact in named_facts({k: v for k, v in found.items() if k != "steady"})]
+    if "steady" in found:
+        steady = found["steady"]
+        said.append("too short to tell whether steady" if steady is None else "steady" if steady else "NOT steady")
+    return ", ".join(said)
+
+
+def measuring_words(measuring: Mapping[str, Any]) -> list[str]:
+    """How it was measured; the warm-up of each, and what the probe reached of its peak."""
+    said = named_facts({name: value for name, value in measuring.items() if name not in ("probe", "warm_up")})
+    warm = measuring.get("warm_up")
+    if isinstance(warm, Mapping):
+        said += [
+            f"warm-up of {plain(who)}: {warm_up_words(one)}" for who, one in warm.items() if isinstance(one, Mapping)
+        ]
+    probe = probe_words(measuring.get("probe"))
+    return [*said, probe] if probe else said
+
+
+def probe_words(probe: Any) -> str:
+    """What the processor's arithmetic units reached of their peak while measuring; empty where there was no probe."""
+    if not isinstance(probe, Mapping):
+        return "" if probe is None else f"probe: {value_words(probe)}"
+    shares = probe.get("fraction_of_peak")
+    if not isinstance(shares, Mapping):
+        return f"probe: {value_words(_known(probe))}" if _known(probe) else ""
+    said = [_share_words(str(kind), share, probe.get("peak_tops")) for kind, share in shares.items()]
+    if probe.get("n") is not None:
+        said.append(f"n = {value_words(probe['n'])}")
+    if probe.get("blocks_discarded") is not None:
+        said.append(f"blocks discarded {value_words(probe['blocks_discarded'])}")
+    if probe.get("rule"):
+        said.append(f"rule: {value_words(probe['rule'])}")
+    return f"probe: {', '.join(said)}"
+
+
+def _share_words(kind: str, share: Any, peaks: Any) -> str:
+    peak = peaks.get(kind) if isinstance(peaks, Mapping) else None
+    of = f"its peak of {number(peak)} TOPS" if _is_number(peak) else "its peak"
+    if not isinstance(share, Mapping):
+        return f"{plain(kind)} {percent(share)} of {of}"
+    low = f" (5th percentile {percent(share['p5'])})" if share.get("p5") is not None else ""
+    return f"{plain(kind)} {percent(share.get('median'))} of {of}{low}"

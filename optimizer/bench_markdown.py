@@ -1,0 +1,92 @@
+"""A benchmark in Markdown, for a comment or a job's step summary: a column for each subject, and what it all rests on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from perwatt import bench_words as words
+from perwatt import markdown as md
+from perwatt.basis_words import condition_words, machine_words, measuring_words, run_words
+from perwatt.figure_words import meaning_words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from perwatt.bench_report import BenchReport
+
+MARKER = md.comment("perwatt-bench")
+REASON = 600
+SHORT = 120
+
+
+def render(report: BenchReport) -> str:
+    """The whole text, at most 60,000 bytes; begins with `MARKER`."""
+    rows = words.figure_rows(report)
+    price = words.price_words(report)
+    traffic = "At this traffic, idle time included" + (f" ({md.safe(price, SHORT)})" if price else "")
+    return md.fitted([
+        _head(report),
+        _table(report, rows),
+        _headed(traffic, _table(report, words.traffic_rows(report))),
+        _headed("Capacity", _table(report, words.capacity_rows(report))),
+        f"<sub>{md.safe(words.how_to_read(report))}</sub>",
+        md.details("What each figure means", _meanings([row.name for row in rows])),
+        md.details("How it was measured", _basis(report)),
+    ])  # fmt: skip
+
+
+def _head(report: BenchReport) -> str:
+    lines = [f"{MARKER}\n### {md.safe(words.headline(report), REASON)}"]
+    if report.disturbed:
+        lines.append(f"> **Disturbed run**: {md.safe('; '.join(report.disturbed), REASON)}")
+    return "\n\n".join(lines)
+
+
+def _table(report: BenchReport, rows: list[words.Row]) -> str:
+    if not rows:
+        return ""
+    titles = ["", *(md.safe(label, SHORT) for label in words.labels(report.subjects))]
+    return md.table(titles, [[_label(row), *map(_cell, row.cells)] for row in rows])
+
+
+def _label(row: words.Row) -> str:
+    return f"{md.safe(row.label, SHORT)}{f' ({md.safe(row.note, SHORT)})' if row.note else ''}"
+
+
+def _cell(cell: words.Cell) -> str:
+    said = md.safe(cell.measured, SHORT)
+    beside = " ".join(filter(None, [md.safe(cell.compared, SHORT), cell.change]))
+    if cell.alarm:
+        said = f"**{said}**"
+    return f"{said}<br>{beside}" if beside else said
+
+
+def _headed(heading: str, table: str) -> str:
+    return f"**{heading}**\n\n{table}" if table else ""
+
+
+def _meanings(names: list[str]) -> str:
+    return "\n".join(f"- **{name}**: {meaning}" for name, meaning in meaning_words(names))
+
+
+def _basis(report: BenchReport) -> str:
+    counts = [f"profile: {report.profile}", *filter(None, [words.counts_words(report)])]
+    blocks = [
+        _titled("Conditions", condition_words(report.disturbed)),
+        *(
+            _titled("Subject", [label, *words.subject_words(subject)])
+            for label, subject in zip(words.labels(report.subjects), report.subjects, strict=True)
+        ),
+        _titled("Joules", words.joules_words(report)),
+        _titled("Noise", [words.noise_words(report)]),
+        _titled("Measuring", [*counts, *measuring_words(report.measuring)]),
+        _titled("Machine", machine_words(report.machine)),
+        _titled("Notes", report.notes),
+        _titled("Run", [run_words(report.perwatt_version, report.seconds, report.created)]),
+    ]
+    return "\n\n".join(filter(None, blocks))
+
+
+def _titled(title: str, items: Iterable[str]) -> str:
+    said = md.bullets(items)
+    return f"**{title}**\n\n{said}" if said else ""

@@ -1,0 +1,126 @@
+"""The options that several commands share, in the order in which `--help` lists them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+Decorator = Callable[[Any], Any]
+
+
+def complete_pass(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of passes, for the shell."""
+    from perwatt import registry
+
+    return [name for name in registry.names("passes") if name.startswith(incomplete)]
+
+
+def complete_target(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of targets, for the shell."""
+    from perwatt import registry
+
+    return [name for name in [*registry.ALIASES, *registry.names("targets")] if name.startswith(incomplete)]
+
+
+TARGET: list[Decorator] = [
+    click.option(
+        "--target",
+        "-t",
+        shell_complete=complete_target,
+        help="Where it will run; see `optimize targets`.  [default: cpu]",
+    ),
+]
+CONFIG: list[Decorator] = [
+    click.option("--config", "-c", type=click.Path(dir_okay=False), help="Recipe file; options override it."),
+]
+SAMPLES: list[Decorator] = [
+    click.option(
+        "--data",
+        metavar="PATH",
+        help="Samples: .npz, folder of pictures, .csv/.tsv, or file.py:callable. Alone it serves everything and is split.",
+    ),
+    click.option(
+        "--eval", "eval_", metavar="PATH", help="Labelled samples that accuracy is judged on; --data then calibrates."
+    ),
+    click.option("--image", metavar="N|HxW", help="Picture size that the model takes."),
+    click.option("--resize", type=int, help="Shorter side before the centre crop."),
+    click.option("--normalize", metavar="HOW", help="imagenet, cifar10, unit (x/255), none (0..255), or mean,…/std,…"),
+    click.option("--text", metavar="COL[,COL]", help="Column (or two) that holds the text."),
+    click.option("--label", metavar="COL", help="Column that holds the label."),
+    click.option("--metric", help="top1, top5, mse, cosine, agreement, or file.py:callable.  [default: by the labels]"),
+    click.option("--max-samples", type=int, help="Use at most this many samples of each set."),
+]
+TRAINING: list[Decorator] = [
+    click.option("--train", metavar="PATH", help="Samples that passes may learn from."),
+    click.option("--expect", type=float, metavar="PERCENT", help="Stop unless the original scores this."),
+]
+BUDGET: list[Decorator] = [
+    click.option(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="Accuracy that may be lost: points, or metric units.  [default: 1.0]",
+    ),
+    click.option(
+        "--prove-accuracy",
+        is_flag=True,
+        default=None,
+        help="The interval's bound must hold the budget, not the estimate.",
+    ),
+    click.option("--p99", metavar="TIME", help="Latency that 99 % of calls must stay under, as 20ms."),
+    click.option("--min-gain", metavar="SHARE", help="Least gain worth shipping.  [default: 3%]"),
+    click.option("--time", metavar="TIME", help="Time budget of the run, as 90s, 10m."),
+    click.option(
+        "--passes",
+        metavar="LIST",
+        shell_complete=complete_pass,
+        help="default, a list in order, or edits: +prune-channels,-quantize-int8.",
+    ),
+]
+SCENARIO: list[Decorator] = [
+    click.option(
+        "--scenario",
+        type=click.Choice(["single-stream", "offline"]),
+        help="Optimize and measure latency, or throughput.  [default: single-stream]",
+    ),
+]
+POINT: list[Decorator] = [
+    click.option("--batch", type=int, help="Items in a call.  [default: 1, offline 32]"),
+    click.option("--threads", type=int, help="Threads.  [default: the backend's own]"),
+]
+MODEL: list[Decorator] = [
+    click.option("--arch", metavar="FILE.py:NAME", help="Callable that builds the network which weights belong to."),
+    click.option("--arch-args", metavar="A=B,…", help="Its arguments: num_classes=10,… or a JSON object."),
+    click.option(
+        "--input",
+        "input_",
+        multiple=True,
+        metavar="SPEC",
+        help='Input type, as "x:float32[batch,3,32,32]". Repeatable.',
+    ),
+    click.option("--trust", is_flag=True, default=None, help="Allow code that the model file carries to run."),
+]
+RUN: list[Decorator] = [
+    click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
+    click.option("--out", "-o", type=click.Path(), help="Bundle folder.  [default: MODEL-TARGET]"),
+    click.option("--force", is_flag=True, help="Replace whatever the output folder holds."),
+    click.option(
+        "--dry-run", is_flag=True, help="Check flags, recipe and paths, print the resolved recipe, do nothing."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+    click.option("--verbose", "-v", is_flag=True, help="Print every step, and the trace of an internal error."),
+]
+
+
+def with_options(*groups: Sequence[Decorator]) -> Decorator:
+    """A decorator that gives a command these groups of options, in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate

@@ -1,0 +1,266 @@
+"""What a person names to be measured, opened: a bundle, a model in any format that is read, or a backend's own file.
+
+Each subject gets two worker processes where memory allows: what two processes of one model differ by is the noise floor
+of the job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from perwatt import datasets, registry
+from perwatt import recipe as recipes
+from perwatt.artifact import Artifact
+from perwatt.bundle import digest_of, is_bundle, open_bundle
+from perwatt.contract import OperatingPoint, Scenario
+from perwatt.data import Samples
+from perwatt.errors import BackendError, InputError, TargetError
+from perwatt.isolation import Worker
+from perwatt.options import PLACES, build_recipe
+from perwatt.preparation import OFFLINE_BATCH, operating_point, read_model
+from perwatt.recipe import DataSection, Recipe
+from perwatt.sides import Side
+from perwatt.signature import Signature
+from perwatt.synthetic import made_up, synthetic
+
+DATA_OPTIONS = ("data", *(name for name, (section, _) in PLACES.items() if section == "data"))
+MODEL_OPTIONS = ("arch", "arch_args", "input", "trust")
+MEMORY_FACTOR = 6
+"""A process holds its model's files several times over while it compiles: more than this is not doubled."""
+
+
+@dataclass
+class Subject:
+    """One thing to measure. `replicas` are processes that run the same program."""
+
+    label: str
+    path: Path
+    kind: str
+    target: str
+    device: str
+    signature: Signature
+    point: OperatingPoint
+    recipe: Recipe
+    replicas: list[Side] = field(default_factory=list)
+    artifact: Artifact | None = None
+    tokenizer: Path | None = None
+    label2id: dict[str, int] | None = None
+    notes: list[str] = field(default_factory=list)
+    roles: datasets.Roles | None = None
+    samples: Path | None = None
+
+    @property
+    def main(self) -> Side:
+        """The process that answers where one is enough."""
+        return self.replicas[0]
+
+    @property
+    def name(self) -> str:
+        """The model's name, by which history is kept: a bundle's is that of the model it was made from."""
+        path = Path(self.recipe.model.path) if self.kind == "bundle" else self.path
+        return path.name if path.is_dir() else path.stem
+
+    def digest(self) -> str | None:
+        """SHA-256 of the model's files as they are deployed."""
+        where = self.path / self.target if self.kind == "bundle" else self.path
+        return digest_of(where) if where.exists() else None
+
+    def close(self) -> None:
+        """End its processes."""
+        for side in self.replicas:
+            side.close()
+
+
+def options_recipe(path: Path, options: Mapping[str, Any]) -> Recipe:
+    """The recipe that the command's options make for one model."""
+    return build_recipe(None, model=str(path), **{name: value for name, value in options.items() if value is not None})
+
+
+def open_subject(
+    path: Path, label: str, options: Mapping[str, Any], folder: Path, checks: Worker, *, most_replicas: int = 2
+) -> Subject:
+    """Start what runs `path`; `load` makes it ready. `options` are those of the command line with underscores.
+
+    Raises InputError for what can't be read, TargetError where its backend can't be used here."""
+    if not path.exists():
+        raise InputError(f"there is no {path}", fix="give a bundle, a model file or a Hugging Face folder")
+    if is_bundle(path):
+        subject, operation, parameters = _bundle(path, label, options, checks)
+    elif owner := _owner(path):
+        subject, operation, parameters = _own_file(path, label, options, owner, checks)
+    else:
+        subject, operation, parameters = _model(path, label, options, folder, checks)
+    parameters = {**parameters, "target": subject.target, "point": asdict(subject.point)}
+    try:
+        for number in range(_replicas(path, most_replicas)):
+            name = f"{label} (process {number + 1})"
+            subject.replicas.append(Side.to_open(name, operation, **parameters))
+    except BaseException:
+        subject.close()
+        raise
+    return subject
+
+
+def _replicas(path: Path, most: int) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return most if MEMORY_FACTOR * size * 2 * most < memory else 1
+
+
+def _check_target(name: str, checks: Worker) -> dict[str, Any]:
+    facts = checks.call("target", name=name)
+    if facts["missing"]:
+        raise TargetError(f"target {name} can't be used here: {'; '.join(facts['missing'])}")
+    return facts
+
+
+def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) -> tuple[Subject, str, dict[str, Any]]:
+    bundle = open_bundle(path)
+    program = bundle.program
+    target = str(program["target"])
+    asked = options.get("target")
+    if asked is not None and registry.target(asked).name() != target:
+        raise InputError(
+            f"{path} is a bundle for {target}, not for {asked}", fix=f"give its {path / 'model.onnx'}, or no --target"
+        )
+    facts = _check_target(target, checks)
+    if not (path / target).is_dir():
+        raise InputError(f"the bundle {path} is damaged: it has no folder {target}", fix="make it anew")
+    recipe = recipes.parse(recipes.load(path / "recipe.yaml"), str(path / "recipe.yaml"))
+    # Its own data and the preprocessing in its graph, unless the command names other data.
+    if any(options.get(name) is not None for name in DATA_OPTIONS):
+        recipe = recipe.model_copy(update={"data": options_recipe(path, _only(options, DATA_OPTIONS)).data})
+    point = _at(OperatingPoint(**program["operating_point"]), options)
+    tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else None
+    subject = Subject(
+        label, path, "bundle", target, facts["device"], bundle.signature, point, recipe, tokenizer=tokenizer,
+        artifact=Artifact(path=path / "model.onnx", signature=bundle.signature),
+    )  # fmt: skip
+    return subject, "load", {"folder": str(path / target), "signature": asdict(bundle.signature)}
+
+
+def _owner(path: Path) -> str | None:
+    """The target whose own format this file is in, None where it is none's."""
+    if not path.is_file() or not path.suffix:
+        return None
+    return next((name for name in registry.names("targets") if path.suffix in registry.target(name).formats), None)
+
+
+def _own_file(
+    path: Path, label: str, options: Mapping[str, Any], target: str, checks: Worker
+) -> tuple[Subject, str, dict[str, Any]]:
+    facts = _check_target(target, checks)
+    try:
+        plain = checks.call("file_signature", target=target, path=str(path))["signature"]
+    except BackendError as error:
+        raise InputError(f"{path} can't be read: {error}") from None
+    from perwatt.artifact import signature_from_json
+
+    recipe = options_recipe(path, {**_only(options, DATA_OPTIONS), "target": target})
+    point = _at(OperatingPoint(), options)
+    signature = signature_from_json(plain)
+    subject = Subject(label, path, f"{target}-file", target, facts["device"], signature, point, recipe)
+    return subject, "open_file", {"path": str(path), "signature": plain}
+
+
+def _model(
+    path: Path, label: str, options: Mapping[str, Any], folder: Path, checks: Worker
+) -> tuple[Subject, str, dict[str, Any]]:
+    recipe = options_recipe(path, _only(options, (*DATA_OPTIONS, *MODEL_OPTIONS, "target")))
+    target = registry.target(recipe.target.name).name()
+    facts = _check_target(target, checks)
+    reading = read_model(recipe, checks)
+    point = _at(operating_point(recipe), options)
+    subject = Subject(
+        label, path, reading.format, target, facts["device"], reading.artifact.signature, point, recipe,
+        artifact=reading.artifact, tokenizer=reading.tokenizer, label2id=reading.label2id, notes=list(reading.notes),
+    )  # fmt: skip
+    return subject, "open", {"model": str(reading.artifact.file(folder))}
+
+
+def _only(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def _at(point: OperatingPoint, options: Mapping[str, Any]) -> OperatingPoint:
+    """The operating point with what the command asks for. Another scenario takes another default batch, and leaves
+    threads and streams, which were right for the one before, to the backend."""
+    scenario: Scenario = options.get("scenario") or point.scenario
+    if scenario != point.scenario:
+        batch = OFFLINE_BATCH if scenario == "offline" else 1
+        point = replace(point, scenario=scenario, batch=batch, threads=None, streams=None)
+    asked = {name: options[name] for name in ("batch", "threads", "streams") if options.get(name) is not None}
+    return replace(point, **asked)
+
+
+def load(subjects: Sequence[Subject]) -> None:
+    """Make every process ready; two at a time. Raises what the first that fails raises."""
+    sides = [side for subject in subjects for side in subject.replicas]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for done in [pool.submit(side.load) for side in sides]:
+            done.result()
+
+
+# Samples --------------------------------------------------------------------------------------------------------
+
+
+def give_samples(subjects: Sequence[Subject], folder: Path, seed: int) -> str:
+    """Find inputs for all subjects and store them for their workers; says in words what they are.
+
+    The first subject's data serve those that name none. Real samples where a recipe or the command names some that are
+    here, else made-up ones, the same for all whose inputs are the same."""
+    first = subjects[0]
+    words = ""
+    for number, subject in enumerate(subjects):
+        same = next((s for s in subjects[:number] if _same_inputs(s, subject)), None)
+        if same is not None:
+            subject.roles, subject.samples = same.roles, same.samples
+            continue
+        if not _names_data(subject.recipe.data) and _names_data(first.recipe.data):
+            data = {"data": first.recipe.data, "inputs": first.recipe.inputs}
+            subject.recipe = subject.recipe.model_copy(update=data)
+        found, said = _timing_samples(subject, seed)
+        words = words or said
+        subject.samples = found.save(folder / f"samples-{number}")
+    return words
+
+
+def _same_inputs(a: Subject, b: Subject) -> bool:
+    data = not _names_data(b.recipe.data) or (a.recipe.data == b.recipe.data and a.recipe.inputs == b.recipe.inputs)
+    return data and a.signature.inputs == b.signature.inputs
+
+
+def _names_data(data: DataSection) -> bool:
+    return any((data.all, data.calibrate, data.eval, data.train))
+
+
+def _timing_samples(subject: Subject, seed: int) -> tuple[Samples, str]:
+    data = subject.recipe.data
+    if _names_data(data):
+        missing = [w for w in (data.all, data.calibrate, data.eval, data.train) if w and not _is_there(w)]
+        if missing:
+            subject.notes.append(f"{missing[0]}, which its recipe names, is not here: inputs are made up")
+        else:
+            subject.roles = datasets.open_roles(
+                data, subject.signature, raw_inputs=subject.recipe.inputs, tokenizer=subject.tokenizer,
+                label2id=subject.label2id, seed=seed,
+            )  # fmt: skip
+            roles = subject.roles
+            real = roles.select or roles.confirm or roles.calibrate or roles.learn
+            if real is not None:
+                return real.without_labels(), f"samples from {data.eval or data.all or data.calibrate or data.train}"
+    if subject.artifact is not None:
+        return synthetic(subject.artifact, seed=seed), "made-up inputs"
+    return made_up(subject.signature, seed=seed), "made-up inputs"
+
+
+def _is_there(where: str) -> bool:
+    """Whether a data set exists; `file.py:callable` is there when its file is."""
+    path = Path(where)
+    return path.exists() or Path(where.rpartition(":")[0] or where).exists()
