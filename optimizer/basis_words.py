@@ -68,9 +68,10 @@ def _is_number(value: Any) -> bool:
 # Joules -----------------------------------------------------------------------------------------------------------
 
 
-def energy_words(energy: Mapping[str, Any], gross: str = "", above_idle: str = "") -> list[str]:
+def energy_words(energy: Mapping[str, Any], gross: str = "", above_idle: str = "", *, brief: bool = False) -> list[str]:
     """How the joules were come by: method and boundary; gross with the idle-subtracted beside it; idle state and policy;
-    windows, refresh period, n; what the meter itself cost. `gross` and `above_idle` are joules per inference, as words."""
+    windows, refresh period, n; what the meter itself cost. `gross` and `above_idle` are joules per inference, as words;
+    `brief` leaves out sources and what only this kind of meter tells."""
     method, how = energy.get("method") or "unavailable", plain(energy.get("how") or "no reason recorded")
     if method == "unavailable":
         return [f"unavailable: {how}"]
@@ -82,10 +83,11 @@ def energy_words(energy: Mapping[str, Any], gross: str = "", above_idle: str = "
     overhead = energy.get("meter_overhead")
     if overhead is not None:
         said.append(f"the meter itself: {_overhead_words(overhead)}")
-    for key in ("uncertainty", "source"):
+    for key in ("uncertainty",) if brief else ("uncertainty", "source"):
         if energy.get(key):
             said.append(f"{key}: {value_words(energy[key])}")
-    said += named_facts({name: value for name, value in energy.items() if name not in _SAID})
+    told = _SAID | {name for name in energy if brief and name not in ("missing", "rules")}
+    said += named_facts({name: value for name, value in energy.items() if name not in told})
     return [*said, *([NEVER_DECIDE] if method == "modelled" else [])]
 
 
@@ -171,7 +173,7 @@ def warm_up_words(found: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
-def measuring_words(measuring: Mapping[str, Any]) -> list[str]:
+def measuring_words(measuring: Mapping[str, Any], *, brief: bool = False) -> list[str]:
     """How it was measured; the warm-up of each, and what the probe reached of its peak."""
     said = named_facts({name: value for name, value in measuring.items() if name not in ("probe", "warm_up")})
     warm = measuring.get("warm_up")
@@ -179,11 +181,11 @@ def measuring_words(measuring: Mapping[str, Any]) -> list[str]:
         said += [
             f"warm-up of {plain(who)}: {warm_up_words(one)}" for who, one in warm.items() if isinstance(one, Mapping)
         ]
-    probe = probe_words(measuring.get("probe"))
+    probe = probe_words(measuring.get("probe"), brief=brief)
     return [*said, probe] if probe else said
 
 
-def probe_words(probe: Any) -> str:
+def probe_words(probe: Any, *, brief: bool = False) -> str:
     """What the processor's arithmetic units reached of their peak while measuring; empty where there was no probe."""
     if not isinstance(probe, Mapping):
         return "" if probe is None else f"probe: {value_words(probe)}"
@@ -195,7 +197,7 @@ def probe_words(probe: Any) -> str:
         said.append(f"n = {value_words(probe['n'])}")
     if probe.get("blocks_discarded") is not None:
         said.append(f"blocks discarded {value_words(probe['blocks_discarded'])}")
-    if probe.get("rule"):
+    if probe.get("rule") and not brief:
         said.append(f"rule: {value_words(probe['rule'])}")
     return f"probe: {', '.join(said)}"
 

@@ -45,7 +45,7 @@ def _head(report: BenchReport) -> str:
 def _table(report: BenchReport, rows: list[words.Row]) -> str:
     if not rows:
         return ""
-    titles = ["", *(md.safe(label, SHORT) for label in words.labels(report.subjects))]
+    titles = ["", *(md.safe(label, SHORT) for label in words.labels(report))]
     return md.table(titles, [[_label(row), *map(_cell, row.cells)] for row in rows])
 
 
@@ -74,12 +74,12 @@ def _basis(report: BenchReport) -> str:
     blocks = [
         _titled("Conditions", condition_words(report.disturbed)),
         *(
-            _titled("Subject", [label, *words.subject_words(subject)])
-            for label, subject in zip(words.labels(report.subjects), report.subjects, strict=True)
+            _titled("Subject", [title, *words.subject_words(subject)])
+            for title, subject in zip(words.subject_titles(report), report.subjects, strict=True)
         ),
         _titled("Joules", words.joules_words(report)),
         _titled("Noise", [words.noise_words(report)]),
-        _titled("Measuring", [*counts, *measuring_words(report.measuring)]),
+        _titled("Measuring", [*counts, *measuring_words(words.measuring(report))]),
         _titled("Machine", machine_words(report.machine)),
         _titled("Notes", report.notes),
         _titled("Run", [run_words(report.perwatt_version, report.seconds, report.created)]),

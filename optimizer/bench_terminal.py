@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LABEL = 22
 GAP = 2
-LONGEST_NAME = 26
 TRAFFIC, CAPACITY = "At this traffic, idle time included", "Capacity"
 
 
@@ -45,7 +44,7 @@ def _tables(out: _Out, report: BenchReport) -> None:
         (CAPACITY, words.capacity_rows(report)),
     ]
     tables = [(heading, rows) for heading, rows in found if rows]
-    labels = words.labels(report.subjects)
+    labels = words.labels(report)
     every = [row for _, rows in tables for row in rows]
     shape = next((shape for shape in (_one_line, _two_lines) if _fits(every, labels, shape, out.console.width)), None)
     if shape is not None:
@@ -81,21 +80,24 @@ def _two_lines(cell: words.Cell) -> list[str]:
 
 def _fits(rows: list[words.Row], labels: list[str], shape: Shape, width: int) -> bool:
     """Whether a column for each subject leaves every cell in one piece. Reasons may wrap."""
-    columns = 0
+    columns = max(LABEL, *(len(line) for row in rows for line in _label(row).split("\n")))
     for index, label in enumerate(labels):
         lines = [line for row in rows if not row.prose for line in shape(row.cells[index])]
-        columns += GAP + max([min(len(label), LONGEST_NAME), *map(len, lines)])
-    return LABEL + columns <= width
+        columns += GAP + max([min(len(label), words.LONGEST_NAME), *map(len, lines)])
+    return columns <= width
 
 
 def _columns(rows: list[words.Row], labels: list[str], shape: Shape) -> Table:
     # The last column of a table is for a word; here each cell has its own.
     table = _table("", *labels, "")
     for row in rows:
-        label = f"{row.label}\n  ({row.note})" if row.note else row.label
         cells = [_text("\n".join(shape(cell)), _style(cell)) for cell in row.cells]
-        table.add_row(_text(label), *cells, _text(""))
+        table.add_row(_text(_label(row)), *cells, _text(""))
     return table
+
+
+def _label(row: words.Row) -> str:
+    return f"{row.label}\n  ({row.note})" if row.note else row.label
 
 
 def _style(cell: words.Cell) -> str:
@@ -124,13 +126,13 @@ def _block(rows: list[words.Row], index: int) -> Table:
 
 def _sections(out: _Out, report: BenchReport) -> None:
     out.section("Conditions", condition_words(report.disturbed))
-    for label, subject in zip(words.labels(report.subjects), report.subjects, strict=True):
-        out.section("Subject", [label, *words.subject_words(subject)])
-    out.section("Joules", words.joules_words(report))
+    for title, subject in zip(words.subject_titles(report), report.subjects, strict=True):
+        out.section("Subject", [title, *words.subject_words(subject)])
+    out.section("Joules", words.joules_words(report, brief=True))
     price = words.price_words(report)
     out.section("Price", [price] if price else [])
     out.section("Noise", [words.noise_words(report)])
-    measured = [*filter(None, [words.counts_words(report)]), *measuring_words(report.measuring)]
+    measured = [*filter(None, [words.counts_words(report)]), *measuring_words(words.measuring(report), brief=True)]
     out.section("Measured", ["; ".join([f"profile: {report.profile}", *measured])])
     out.section("Machine", machine_words(report.machine)[:1])
     out.section("Notes", map(plain, report.notes))

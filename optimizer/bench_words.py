@@ -5,9 +5,9 @@ Nothing here knows colours, columns or tags. Missing figures read "–", never 0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perwatt.basis_words import energy_words, point_words, warm_up_words
 from perwatt.figure_words import Change, change, in_order, n_words, percent, spread, title, values
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from perwatt.bench_report import BenchReport, Capacity, Figure, Subject, Traffic
     from perwatt.report import RatioFigure
 
+LONGEST_NAME = 26
 EXACT = ("size_bytes", "peak_memory_bytes")
 WATT, CPU = "throughput_per_watt", "cpu_s_per_inference"
 
@@ -61,18 +62,18 @@ class Row:
 
 def headline(report: BenchReport) -> str:
     """The one line to remember: what the only subject does, or which is best and by how much."""
-    first = report.subjects[0]
-    if len(report.subjects) == 1:
-        return f"{plain(first.label)}: {_lead_words(first)}"
+    names = labels(report)
+    if len(names) == 1:
+        return f"{names[0]}: {_lead_words(report.subjects[0])}"
     name = _lead(report)
-    ratios = [(subject.ratio_to_first.get(name), subject) for subject in report.subjects[1:]]
     floor = report.noise_floor.get(name)
-    better = [(r, s) for r, s in ratios if r is not None and change(name, r, floor) == "better"]
+    found = [subject.ratio_to_first.get(name) for subject in report.subjects]
+    better = [(r, i) for i, r in enumerate(found) if i and r is not None and change(name, r, floor) == "better"]
     if not better:
-        return f"nothing has {_more(name)} {title(name)} than {plain(first.label)} beyond the noise"
+        return f"nothing has {_more(name)} {title(name)} than {names[0]} beyond the noise"
     ratio, best = (max if name == WATT else min)(better, key=lambda pair: pair[0].value or 0.0)
-    said = f"{plain(best.label)}: {with_interval(ratio)} the {title(name)} of {plain(first.label)}"
-    method = _figure(best, name).method if name == WATT else None
+    said = f"{names[best]}: {with_interval(ratio)} the {title(name)} of {names[0]}"
+    method = _figure(report.subjects[best], name).method if name == WATT else None
     return f"{said} ({method})" if method else said
 
 
@@ -256,10 +257,10 @@ def subject_words(subject: Subject) -> list[str]:
     return [*said, *map(plain, subject.notes)]
 
 
-def joules_words(report: BenchReport) -> list[str]:
+def joules_words(report: BenchReport, *, brief: bool = False) -> list[str]:
     """How the joules were come by, gross and idle-subtracted of each subject side by side."""
     gross, above = (_each(report, name) for name in ("energy_j_per_inference", "energy_above_idle_j_per_inference"))
-    return energy_words(report.energy, gross, above)
+    return energy_words(report.energy, gross, above, brief=brief)
 
 
 def _each(report: BenchReport, name: str) -> str:
@@ -279,14 +280,33 @@ def how_to_read(report: BenchReport) -> str:
     said = "± and intervals: 95 %."
     if len(report.subjects) > 1:
         said += (
-            f" Ratios are to {plain(report.subjects[0].label)}, paired by block. Noise: the interval includes 1, or two "
+            f" Ratios are to {labels(report)[0]}, paired by block. Noise: the interval includes 1, or two "
             "processes of the same model were as far apart."
         )
     return said
 
 
-def labels(subjects: Sequence[Subject]) -> list[str]:
-    """Short names for columns: the labels, or letters before them where two are alike."""
-    found = [plain(subject.label) for subject in subjects]
-    alike = len(set(found)) < len(found)
-    return [f"{chr(65 + index)} {name}" if alike and index < 26 else name for index, name in enumerate(found)]
+def labels(report: BenchReport) -> list[str]:
+    """Short names for columns: the labels; where two are alike or one is long, a letter and the end of the path."""
+    found = [plain(subject.label) for subject in report.subjects]
+    ends = [name.rstrip("/").rpartition("/")[2] or name for name in found]
+    if len(found) == 1:
+        return ends
+    if len(set(found)) == len(found) and max(map(len, found)) <= LONGEST_NAME:
+        return found
+    return [f"{_letter(index)} {end}" for index, end in enumerate(ends)]
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index) if index < 26 else f"{_letter(index // 26 - 1)}{_letter(index % 26)}"
+
+
+def subject_titles(report: BenchReport) -> list[str]:
+    """The short name, and the label where it is another."""
+    pairs = zip(labels(report), (plain(subject.label) for subject in report.subjects), strict=True)
+    return [short if short == label else f"{short}: {label}" for short, label in pairs]
+
+
+def measuring(report: BenchReport) -> dict[str, Any]:
+    """How it was measured, without the warm-up, which stands with each subject."""
+    return {name: value for name, value in report.measuring.items() if name != "warm_up"}

@@ -52,8 +52,8 @@ def _sections(out: _Out, report: GateReport) -> None:
     out.section("Conditions", condition_words(report.disturbed))
     out.section("Base", words.side_words(report.base))
     out.section("Head", words.side_words(report.head))
-    out.section("Joules", words.joules_words(report))
-    measured = [*filter(None, [words.counts_words(report)]), *measuring_words(report.measuring)]
+    out.section("Joules", words.joules_words(report, brief=True))
+    measured = [*filter(None, [words.counts_words(report)]), *measuring_words(report.measuring, brief=True)]
     out.section("Measured", ["; ".join(measured)] if measured else [])
     out.section("Machine", machine_words(report.machine)[:1])
     out.section("Notes", map(plain, report.notes))
@@ -96,7 +96,8 @@ def _others(rows: list[words.FigureRow], wide: bool) -> Table:
 
 
 def _noted(title: str, note: str) -> str:
-    return f"{title}\n  ({note})" if note else title
+    # The boundary stands with the joules: beside it, a number would no longer fit into its line.
+    return f"{title}\n  ({note.partition(',')[0]})" if note else title
 
 
 def _under(value: str, interval: str) -> str:

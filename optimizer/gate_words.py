@@ -295,12 +295,12 @@ def side_words(side: GateSide) -> list[str]:
     return [", ".join(first), second, *map(plain, side.notes)]
 
 
-def joules_words(report: GateReport) -> list[str]:
+def joules_words(report: GateReport, *, brief: bool = False) -> list[str]:
     """How the joules were come by, with gross and idle-subtracted side by side."""
     gross, above = (
         _both(report.figures.get(name)) for name in ("energy_j_per_inference", "energy_above_idle_j_per_inference")
     )
-    return energy_words(report.energy, gross, above)
+    return energy_words(report.energy, gross, above, brief=brief)
 
 
 def _both(found: ComparedFigure | None) -> str:

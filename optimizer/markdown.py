@@ -17,7 +17,7 @@ MOST_ITEMS = 20
 CUT = "<sub>Something here was too long for a comment: all of it is in the JSON.</sub>"
 
 _SPECIAL = re.compile(r"[\\`*_\[\]<>|~#&$]")
-_LIKE_AN_INTERVAL = re.compile(r"\\\[([−+0-9., %]+)\\\](?![(\\:])")
+_LIKE_AN_INTERVAL = re.compile(r"\\\[([−+0-9., %]+)\\\](?![(\\])(:?)")
 _BEGINS_A_BLOCK = re.compile(r"^(?:[-+=/:]|\d+(?=[.)](?:\s|$)))")
 
 
@@ -29,7 +29,9 @@ def safe(text: object, most: int = LONGEST) -> str:
         said = said[: most - 1] + "…"
     said = _SPECIAL.sub(r"\\\g<0>", said)
     # Intervals stay readable in the source; a bracket that a link could begin with is none.
-    said = _LIKE_AN_INTERVAL.sub(r"[\1]", said)
+    said = _LIKE_AN_INTERVAL.sub(
+        lambda found: found[0] if found[2] and not found.start() else f"[{found[1]}]{found[2]}", said
+    )
     said = _BEGINS_A_BLOCK.sub(lambda found: found[0] + "\\" if found[0].isdigit() else f"\\{found[0]}", said)
     # An empty comment between them keeps people whose names stand in a path from being notified.
     return said.replace("@", "@<!-- -->")

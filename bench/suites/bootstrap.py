@@ -124,11 +124,14 @@ def disagreement(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> fl
 
 
 def versus_scipy(trim: float, count: int, chance: random.Random) -> dict[str, Any]:
-    """The kernel on one thread and on all, scipy in both ways, with its best batch and with its default."""
+    """The kernel as it comes (on one thread here) and on all, scipy in both ways, with its best batch and its default."""
     ours, theirs = data()
     ways: dict[str, tuple[np.ndarray, ...]] = {"pairs": (ours, theirs), "log_ratios": (ours - theirs,)}
     batches = {way: best_batch(columns, trim, chance) for way, columns in ways.items()}
-    contenders = {"kernel": kernel(ours - theirs, trim, None), "kernel, one thread": kernel(ours - theirs, trim, 1)}
+    contenders = {
+        "kernel": kernel(ours - theirs, trim, None),
+        "kernel, all threads": kernel(ours - theirs, trim, os.cpu_count()),
+    }
     for way, columns in ways.items():
         contenders[f"scipy {way}"] = scipys(columns, trim, batches[way][0])
         contenders[f"scipy {way}, default batch"] = scipys(columns, trim, None)

@@ -129,7 +129,24 @@ def test_two_methods_are_told_apart_cell_by_cell() -> None:
 
 def test_subjects_with_the_same_name_get_letters() -> None:
     text = shown(a_bench(a_subject("net", first=True), a_subject("net", 1.5)))
-    assert "A net" in text and "B net" in text
+    assert "A net" in text and text.startswith("B net: 1.50× [1.48, 1.52] the inferences per joule of A net (counter)")
+
+
+def test_long_paths_are_columns_by_letter_and_end_and_stand_whole_below() -> None:
+    paths = [f"/builds/{number}/{'deep/' * 8}net.onnx" for number in range(2)]
+    text = shown(a_bench(a_subject(paths[0], first=True), a_subject(paths[1], 1.5)), 160)
+    assert text.split("\n")[2].split() == ["A", "net.onnx", "B", "net.onnx"]
+    assert f"Subject     B net.onnx: {paths[1]}\n" in text
+    assert shown(a_bench(a_subject(paths[0], first=True))).startswith("net.onnx: 3,077 inferences per joule")
+
+
+def test_a_wide_boundary_pushes_no_number_out_of_its_line() -> None:
+    report = a_bench()
+    for subject in report.subjects:
+        for figure in subject.figures.values():
+            figure.boundary = "package+dram" if figure.method else None
+    text = shown(report)
+    assert "\n  (counter, package+dram)" in text and "1.62× [1.60, 1.64] better\n" in text
 
 
 # Traffic, capacity ------------------------------------------------------------------------------------------------

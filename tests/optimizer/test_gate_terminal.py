@@ -106,7 +106,7 @@ def test_modelled_joules_do_not_decide_and_cpu_seconds_are_shown_the_way_round_t
     number = "inferences per CPU second 0.80× [0.78, 0.82], limit: at most 5 % less"
     assert text == f"FAIL  inferences per joule: modelled joules don't decide; {number}"
     table = shown(modelled_gate(), 120)
-    assert "by CPU time per inference" in table and "(modelled, package)" in table
+    assert "  by CPU time per inference" in table and "(modelled)" in table and "modelled, boundary package" in table
     assert "modelled joules never decide by themselves" in table
 
 
@@ -274,7 +274,7 @@ def test_joules_carry_method_boundary_window_refresh_n_idle_and_what_the_meter_c
 
 def test_the_probe_and_the_warm_up() -> None:
     text = shown(a_gate(), 2000)
-    assert "probe: int8 93 % of its peak of 3.10 TOPS (5th percentile 78 %), n = 96, blocks discarded 1, rule: " in text
+    assert "probe: int8 93 % of its peak of 3.10 TOPS (5th percentile 78 %), n = 96, blocks discarded 1\n" in text
     assert "warm-up of base: 0.80 s, slices: 12, steady;" in text
     assert "warm-up of head: 3.0 s, slices: 58, NOT steady;" in text
 
