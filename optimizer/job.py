@@ -24,7 +24,8 @@ Progress = Callable[[str, float], None]
 CALLS_IN_WINDOW = 10
 """So many calls at least, so that filling and draining a queue is a small part of a window."""
 LONGEST_WINDOW_S = 1.0
-IDLE_S = 1.0
+IDLE_S = 0.2
+"""Enough for a model of the machine; a counter gets a whole window."""
 IDLE_STATE = "models loaded, their processes asleep"
 
 LONG_S, LONG_WINDOW_S = 600.0, 60.0
