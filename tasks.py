@@ -106,7 +106,7 @@ def wheel() -> None:
     run(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built)
     where = f"import perwatt, sys; sys.exit(not perwatt.__file__.startswith({str(site)!r}))"
     run(PYTHON, "-c", where, PYTHONPATH=str(site))
-    run(PYTHON, "-m", "pytest", *sys.argv[2:], PYTHONPATH=str(site))
+    run(PYTHON, "-m", "pytest", "-m", "not slow", *sys.argv[2:], PYTHONPATH=str(site))
 
 
 TASKS = {"example": example, "test": test, "check": check, "links": links}

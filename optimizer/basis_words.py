@@ -173,6 +173,17 @@ def warm_up_words(found: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
+BRIEF_ENERGY = 4
+"""Of the energy's lines, those that nobody should miss: method and boundary, gross and above idle, idle, windows."""
+
+
+def brief_measuring(measuring: Mapping[str, Any]) -> dict[str, Any]:
+    """The few facts of measuring that nobody should miss."""
+    return {
+        name: measuring[name] for name in ("scenario", "blocks", "window_s", "seconds", "inputs") if name in measuring
+    }
+
+
 def measuring_words(measuring: Mapping[str, Any], *, brief: bool = False) -> list[str]:
     """How it was measured; the warm-up of each, and what the probe reached of its peak."""
     said = named_facts({name: value for name, value in measuring.items() if name not in ("probe", "warm_up")})

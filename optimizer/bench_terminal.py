@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from perwatt import bench_words as words
-from perwatt.basis_words import condition_words, machine_words, measuring_words, run_words
+from perwatt.basis_words import (
+    BRIEF_ENERGY,
+    brief_measuring,
+    condition_words,
+    machine_words,
+    measuring_words,
+    run_words,
+)
 from perwatt.report_units import plain
 from perwatt.terminal import STYLES, _Out, _table, _text
 
@@ -24,8 +31,8 @@ GAP = 2
 TRAFFIC, CAPACITY = "At this traffic, idle time included", "Capacity"
 
 
-def print_bench(report: BenchReport, console: Console | None = None) -> None:
-    """Show `report`."""
+def print_bench(report: BenchReport, console: Console | None = None, *, verbose: bool = True) -> None:
+    """Show `report`. Without `verbose`, what the figures rest on is told in a few lines."""
     out = _Out(console)
     out.line(words.headline(report), "bold")
     if report.disturbed:
@@ -34,7 +41,7 @@ def print_bench(report: BenchReport, console: Console | None = None) -> None:
     _tables(out, report)
     out.line(words.how_to_read(report), "dim")
     out.gap()
-    _sections(out, report)
+    _sections(out, report, verbose)
 
 
 def _tables(out: _Out, report: BenchReport) -> None:
@@ -124,16 +131,21 @@ def _block(rows: list[words.Row], index: int) -> Table:
 # What it rests on -------------------------------------------------------------------------------------------------
 
 
-def _sections(out: _Out, report: BenchReport) -> None:
-    out.section("Conditions", condition_words(report.disturbed))
+def _sections(out: _Out, report: BenchReport, verbose: bool) -> None:
+    if verbose or not report.disturbed:
+        out.section("Conditions", condition_words(report.disturbed))
     for title, subject in zip(words.subject_titles(report), report.subjects, strict=True):
-        out.section("Subject", [title, *words.subject_words(subject)])
-    out.section("Joules", words.joules_words(report, brief=True))
+        out.section("Subject", [title, *words.subject_words(subject)][: None if verbose else 3])
+    out.section("Joules", words.joules_words(report, brief=True)[: None if verbose else BRIEF_ENERGY])
     price = words.price_words(report)
     out.section("Price", [price] if price else [])
-    out.section("Noise", [words.noise_words(report)])
-    measured = [*filter(None, [words.counts_words(report)]), *measuring_words(words.measuring(report), brief=True)]
+    if verbose:
+        out.section("Noise", [words.noise_words(report)])
+    facts = words.measuring(report) if verbose else brief_measuring(words.measuring(report))
+    measured = [*filter(None, [words.counts_words(report)]), *measuring_words(facts, brief=True)]
     out.section("Measured", ["; ".join([f"profile: {report.profile}", *measured])])
-    out.section("Machine", machine_words(report.machine)[:1])
+    if verbose:
+        out.section("Machine", machine_words(report.machine)[:1])
     out.section("Notes", map(plain, report.notes))
-    out.section("Run", [run_words(report.perwatt_version, report.seconds, report.created)])
+    more = "" if verbose else " (--verbose tells all that this rests on)"
+    out.section("Run", [run_words(report.perwatt_version, report.seconds, report.created) + more])

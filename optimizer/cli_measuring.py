@@ -176,7 +176,7 @@ def bench(
     elif not flags["quiet"]:
         from perwatt.bench_terminal import print_bench
 
-        print_bench(report)
+        print_bench(report, verbose=flags["verbose"])
 
 
 @click.command()
@@ -226,7 +226,7 @@ def gate(
     elif not flags["quiet"]:
         from perwatt.gate_terminal import print_gate
 
-        print_gate(report)
+        print_gate(report, verbose=flags["verbose"])
     raise SystemExit(report.exit_code)
 
 

@@ -8,7 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from perwatt import gate_words as words
-from perwatt.basis_words import condition_words, machine_words, measuring_words, run_words
+from perwatt.basis_words import (
+    BRIEF_ENERGY,
+    brief_measuring,
+    condition_words,
+    machine_words,
+    measuring_words,
+    run_words,
+)
 from perwatt.report_units import plain
 from perwatt.terminal import STYLES, _Out, _table, _text
 
@@ -23,8 +30,9 @@ ROOMY = 100
 """From this width on, notes and intervals stand beside what they belong to, and not under it."""
 
 
-def print_gate(report: GateReport, console: Console | None = None) -> None:
-    """Show `report`; the last line says when and with which exit code."""
+def print_gate(report: GateReport, console: Console | None = None, *, verbose: bool = True) -> None:
+    """Show `report`; the last line says when and with which exit code. Without `verbose`, what the figures rest on is
+    told in a few lines."""
     out = _Out(console)
     out.line(f"{words.WORDS[report.verdict]}  {words.headline(report)}", VERDICT_STYLES[report.verdict])
     if words.reason(report):
@@ -42,23 +50,27 @@ def print_gate(report: GateReport, console: Console | None = None) -> None:
         out.gap()
     out.line(words.HOW_TO_READ, "dim")
     out.gap()
-    _sections(out, report)
+    _sections(out, report, verbose)
 
 
-def _sections(out: _Out, report: GateReport) -> None:
+def _sections(out: _Out, report: GateReport, verbose: bool) -> None:
     out.section("Why", words.why(report))
     out.section("What to do", words.advice(report))
     out.section("Accuracy", [words.accuracy_words(report)])
-    out.section("Conditions", condition_words(report.disturbed))
-    out.section("Base", words.side_words(report.base))
-    out.section("Head", words.side_words(report.head))
-    out.section("Joules", words.joules_words(report, brief=True))
-    measured = [*filter(None, [words.counts_words(report)]), *measuring_words(report.measuring, brief=True)]
+    if verbose or not report.disturbed:
+        out.section("Conditions", condition_words(report.disturbed))
+    out.section("Base", words.side_words(report.base)[: None if verbose else 1])
+    out.section("Head", words.side_words(report.head)[: None if verbose else 1])
+    out.section("Joules", words.joules_words(report, brief=True)[: None if verbose else BRIEF_ENERGY])
+    facts = report.measuring if verbose else brief_measuring(report.measuring)
+    measured = [*filter(None, [words.counts_words(report)]), *measuring_words(facts, brief=True)]
     out.section("Measured", ["; ".join(measured)] if measured else [])
-    out.section("Machine", machine_words(report.machine)[:1])
+    if verbose:
+        out.section("Machine", machine_words(report.machine)[:1])
     out.section("Notes", map(plain, report.notes))
     run = run_words(report.perwatt_version, report.seconds, report.created)
-    out.section("Run", [f"{plain(report.name)}: {run}, exit code {report.exit_code}"])
+    more = "" if verbose else " (--verbose tells all that this rests on)"
+    out.section("Run", [f"{plain(report.name)}: {run}, exit code {report.exit_code}{more}"])
 
 
 def _limits(rows: list[words.LimitRow]) -> Table:

@@ -30,7 +30,7 @@ from perwatt.signature import Batch
 from perwatt.subjects import Subject, give_samples, load, open_subject
 from perwatt.worker import load_outputs
 
-GATE = Effort(window_s=0.05, warm_up_s=0.1, min_blocks=20, max_s=20.0, tight=0.01, steady_s=1.0)
+GATE = Effort(window_s=0.02, warm_up_s=0.1, min_blocks=40, max_s=20.0, tight=0.01, steady_s=1.0)
 """How long a gate measures unless it is told otherwise."""
 
 NO_LABELS = "no samples that accuracy could be judged on: give --eval, or bundles whose recipe names some that are here"

@@ -21,12 +21,15 @@ from perwatt.subjects import Subject
 Profile = Literal["quick", "long"]
 Progress = Callable[[str, float], None]
 
-CALLS_IN_WINDOW = 10
-"""So many calls at least, so that filling and draining a queue is a small part of a window."""
+CALLS_ONE_BY_ONE, CALLS_OF_A_QUEUE = 4, 16
+"""So many calls at least in a window: filling and draining a queue must be a small part of it."""
 LONGEST_WINDOW_S = 1.0
 IDLE_S = 0.2
 """Enough for a model of the machine; a counter gets a whole window."""
 IDLE_STATE = "models loaded, their processes asleep"
+
+LOOK_EVERY = 8
+"""Blocks between two looks at whether the ratio is known well enough."""
 
 LONG_S, LONG_WINDOW_S = 600.0, 60.0
 """MLPerf's inference rules: at least 600 s of load, performance and power from the same run."""
@@ -82,7 +85,8 @@ def fitted(effort: Effort, subjects: Sequence[Subject]) -> Effort:
     longest = 0.0
     for subject in subjects:
         single = subject.main.window(0.0)
-        longest = max(longest, CALLS_IN_WINDOW * single.wall_s / max(1, len(single.latencies_ms)))
+        calls = CALLS_ONE_BY_ONE if subject.point.scenario == "single-stream" else CALLS_OF_A_QUEUE
+        longest = max(longest, calls * single.wall_s / max(1, len(single.latencies_ms)))
         subject.main.settle()
     window_s = min(max(effort.window_s, longest), max(LONGEST_WINDOW_S, effort.window_s))
     return Effort(window_s, effort.warm_up_s, effort.min_blocks, effort.max_s, effort.tight, effort.steady_s)
@@ -101,16 +105,24 @@ def run_job(
         progress("measuring", value)
 
     if profile == "long":
-        _long_blocks(groups, conductor, share)
+        blocks = _long_blocks(groups, conductor, share)
     else:
 
+        asked = 0
+
         def enough() -> bool:
-            blocks = [Blocks.of(replicas) for replicas in groups]
-            known = [compare_figure("cpu_s_per_inference", blocks[0], other)[0] for other in blocks[1:]]
+            nonlocal asked
+            asked += 1
+            # Looking costs about as much as a window: not after every block, and not at all where only time decides.
+            if effort.tight <= 0 or asked % LOOK_EVERY:
+                return False
+            so_far = [Blocks.of(replicas) for replicas in groups]
+            known = [compare_figure("cpu_s_per_inference", so_far[0], other)[0] for other in so_far[1:]]
             return all(half_width(ratio) < effort.tight for ratio in known) and bool(known)
 
-        run_blocks(groups, effort, conductor, enough, share)
-    probed = list(conductor.probed)
+        blocks = run_blocks(groups, effort, conductor, enough, share)
+    conductor.take_probe()
+    probed = conductor.probed
     if profile == "quick":
         run_energy_blocks(groups, QUICK_ENERGY_BLOCKS, conductor, lambda value: progress("measuring energy", value))
     progress("measuring idle power", 1.0)
@@ -118,7 +130,7 @@ def run_job(
     for replicas in groups:
         for side in replicas:
             side.note_memory()
-    kept = probe.keep(probed) if conductor.probe is not None else [True] * len(probed)
+    kept = probe.keep(probed) if conductor.probe is not None else [True] * blocks
     idle_w = idle.energy_j / idle.wall_s if idle.energy_j is not None else None
     windows = [window for replicas in groups for side in replicas for window in side.windows]
     return Measured(
@@ -138,7 +150,7 @@ def run_job(
     )
 
 
-def _long_blocks(groups: Sequence[Sequence[Any]], conductor: Conductor, share: Callable[[float], None]) -> None:
+def _long_blocks(groups: Sequence[Sequence[Any]], conductor: Conductor, share: Callable[[float], None]) -> int:
     """MLPerf's: windows of a minute until every subject had 600 s, time and energy of the same windows."""
     blocks = int(-(-LONG_S // (2 * LONG_WINDOW_S)))
 
@@ -150,6 +162,7 @@ def _long_blocks(groups: Sequence[Sequence[Any]], conductor: Conductor, share: C
     for number in range(blocks):
         conductor.block(groups, give)
         share((number + 1) / blocks)
+    return blocks
 
 
 def _machine(facts: dict[str, Any]) -> dict[str, Any]:

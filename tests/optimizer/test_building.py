@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from repos import commit, everything, git, repository, told
 from runs import conv_net, gone, images, until, workers_of
 
+pytestmark = pytest.mark.slow
+
 RECIPE = "model: {path: net.onnx}\ntarget: {name: 'null'}\npasses: []\n"
 WITH_DATA = RECIPE + "data: {all: ../data/samples.npz}\nbudget: {max_drop: 100}\n"
 

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from queues import highest_load
 from runs import assert_one_line_error, conv_net, files_in, optimize, put_net
 
+pytestmark = pytest.mark.slow
+
 COST_MS = 1.9
 """Of the tiny network, by the null target's script; another convolution costs 1 ms more."""
 BY_CPU = {"limits": {"cpu_s_per_inference": {"max_increase": 0.05}}}

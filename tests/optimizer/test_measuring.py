@@ -136,17 +136,19 @@ def test_without_a_meter_there_is_no_energy_and_a_reason():
     assert figures(side.windows)["throughput_per_watt"] is None
 
 
-def test_the_machine_is_probed_before_each_window_and_after_the_last_scripted_probe():
+def test_the_machine_is_probed_before_each_block_and_after_the_last_scripted_probe():
     probe = ScriptedProbe()
     conductor = Conductor(probe=probe)
     sides = [LoggedSide(name, []) for name in "ab"]
     for _ in range(3):
         conductor.block([[side] for side in sides], lambda side: conductor.window(side, 0.05))
-    assert [len(block) for block in conductor.probed] == [5, 5, 5]
+    conductor.take_probe()
+    assert probe.asked == 4
+    assert [len(block) for block in conductor.probed] == [2, 2, 2]
 
 
 def test_a_probe_that_breaks_costs_the_probe_and_not_the_job_scripted_probe():
-    probe = ScriptedProbe(breaks_at=7)
+    probe = ScriptedProbe(breaks_at=2)
     conductor = Conductor(probe=probe)
     side = LoggedSide("a", [])
     for _ in range(3):
