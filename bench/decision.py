@@ -21,17 +21,21 @@ SIGNIFICANT = 0.05
 @dataclass(frozen=True)
 class Decision:
     """A verdict and its ground: `within` or `beyond` the limit, `noise` (beyond, but no more than the floor), `unsure`
-    (the interval holds the limit), `unknown` (not measured)."""
+    (the interval holds the limit), `alone` (one observation, so no interval), `unknown` (not measured)."""
 
     verdict: Verdict
-    ground: Literal["within", "beyond", "noise", "unsure", "unknown"]
+    ground: Literal["within", "beyond", "noise", "unsure", "alone", "unknown"]
 
 
-def decide(value: Ratio, bound: float, side: Literal["at most", "at least"], floor: float, effect: float) -> Decision:
+def decide(
+    value: Ratio, bound: float, side: Literal["at most", "at least"], floor: float, effect: float, exact: bool = False
+) -> Decision:
     """Judge `value` (a ratio to the base, or an absolute figure) with its interval against `bound`. `floor` and `effect`
-    are on the log scale; a value without an interval counts as exact. Values and bounds must be positive."""
+    are on the log scale; `exact` is what was counted and needs no interval. Values and bounds must be positive."""
     if value.value is None or not value.value > 0:
         return Decision("inconclusive", "unknown")
+    if not exact and (value.low is None or value.high is None):
+        return Decision("inconclusive", "alone")
     low = value.low if value.low is not None else value.value
     high = value.high if value.high is not None else value.value
     if side == "at least":

@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def memory_gib(root: Path = machine.ROOT) -> int | None:
     return round(total / GIB) if total is not None else None
 
 
+@cache
 def gpu_names() -> list[str]:
     """Names of the graphics processors, as the driver's own tool lists them; empty where it isn't there."""
     tool = shutil.which("nvidia-smi")

@@ -25,6 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from perwatt.bench import machine
 from perwatt.contract import Meter
 from perwatt.measurement import Boundary, Method, Reading, Window
 
@@ -55,17 +56,24 @@ def this_processor() -> Processor | None:
     except OSError:
         return None
     numbers = [int(_field(text, key)) if _field(text, key).isdigit() else -1 for key in ("cpu family", "model")]
-    return Processor(_field(text, "vendor_id"), numbers[0], numbers[1], _field(text, "model name"))
+    # Arm says who designed the core and which one it is, by numbers.
+    arm = [_field(text, f"CPU {key}") for key in ("implementer", "part", "variant", "revision")]
+    name = _field(text, "model name") or " ".join(filter(None, ["Arm", *arm] if arm[0] else []))
+    return Processor(_field(text, "vendor_id") or arm[0], numbers[0], numbers[1], name)
 
 
 @cache
 def this_size() -> Size:
-    """From /proc/cpuinfo and /proc/meminfo: online CPUs over threads a core; the memory that Linux manages."""
-    cpus = os.cpu_count() or 1
+    """CPUs over threads a core, and the memory that Linux manages; in a container what it may use of them."""
+    limits = (machine.cpus_allowed(), machine.cpu_limit())
+    cpus = min([os.cpu_count() or 1, *(limit for limit in limits if limit)])
     siblings, cores = (_field(_read("/proc/cpuinfo"), key) for key in ("siblings", "cpu cores"))
     threads = int(siblings) / int(cores) if siblings.isdigit() and cores.isdigit() and int(cores) else 1.0
     kibibytes = _field(_read("/proc/meminfo"), "MemTotal").removesuffix(" kB")
-    return Size(cpus / max(1.0, threads), int(kibibytes) / 2**20 if kibibytes.isdigit() else None)
+    allowed = _read("/sys/fs/cgroup/memory.max").strip()
+    gibibytes = [int(kibibytes) / 2**20] if kibibytes.isdigit() else []
+    gibibytes += [int(allowed) / 2**30] if allowed.isdigit() else []
+    return Size(cpus / max(1.0, threads), min(gibibytes, default=None))
 
 
 @cache

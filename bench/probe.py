@@ -97,7 +97,7 @@ class Probe:
         except RuntimeError as error:
             raise BackendError(f"the {kind} probe does not compile: {' '.join(str(error).split())[:200]}") from error
         kernels = matmul_kernels(compiled)
-        if not all(name.lower().endswith(KERNEL_ENDINGS[kind]) for name in kernels):
+        if not kernels or not all(name.lower().endswith(KERNEL_ENDINGS[kind]) for name in kernels):
             return
         request = compiled.create_infer_request()
         request.set_input_tensor(values)

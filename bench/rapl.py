@@ -72,8 +72,15 @@ def find_zones(root: Path) -> list[Zone]:
     return [
         Zone(entry, _text(entry / "name") or "", _text(root / match["parent"] / "name") or "", _range_uj(entry))
         for entry, match in matches
-        if (entry / "energy_uj").exists()
+        if _is_there(entry / "energy_uj")
     ]
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 class Rapl(Meter):

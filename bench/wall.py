@@ -32,6 +32,7 @@ LEAST_SILENCE_S = 0.5
 
 KEPT_OFFSETS = 500
 KEPT_SAMPLES = 1000
+KEPT_S = 1.0
 
 
 class Wall(Meter):
@@ -65,14 +66,22 @@ class Wall(Meter):
     def start(self) -> None:
         if self.missing():
             return
+        recent = time.monotonic() - KEPT_S
         with self._news:
-            del self._samples[:-2]
+            kept = max(2, sum(received > recent for received, _ in self._samples))
+            del self._samples[:-kept]
         self._cpu_s = self._cost_s()
         self._began = time.monotonic()
 
     def stop(self, window: Window) -> Reading:
         end, began = time.monotonic(), self._began
-        self._began = None
+        try:
+            return self._stopped(began, end)
+        finally:
+            # Until here nothing is thrown away: a quick meter's window holds more samples than are kept otherwise.
+            self._began = None
+
+    def _stopped(self, began: float | None, end: float) -> Reading:
         if reasons := self.missing():
             return Reading(None, "; ".join(reasons))
         if began is None:

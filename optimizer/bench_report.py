@@ -8,15 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from perwatt.report import RatioFigure
 
-SCHEMA_VERSION = 1
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class Figure(_Part):
-    """A measured figure with its 95 % interval. `n`: windows behind it. Method and boundary where it rests on energy."""
+    """A measured figure with its 95 % interval. `n`: blocks of windows behind it. Method and boundary where
+    it rests on energy."""
 
     value: float | None
     unit: str
@@ -30,10 +29,10 @@ class Figure(_Part):
 class Traffic(_Part):
     """At the traffic that was asked about (Poisson arrivals), idle time included."""
 
-    rate_per_s: float
+    rate_per_s: float = Field(description="Requests, that is calls, a second.")
     seconds: float
     requests: int
-    energy_j_per_request: Figure
+    energy_j_per_request: Figure = Field(description="Above idle, and the request's share of idle time at this rate.")
     power_w: Figure
     idle_power_w: Figure
     latency_p50_ms: float | None

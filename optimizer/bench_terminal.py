@@ -18,7 +18,7 @@ from perwatt.basis_words import (
     run_words,
 )
 from perwatt.report_units import plain
-from perwatt.terminal import STYLES, _Out, _table, _text
+from perwatt.terminal import STYLES, Output, as_text, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +33,7 @@ TRAFFIC, CAPACITY = "At this traffic, idle time included", "Capacity"
 
 def print_bench(report: BenchReport, console: Console | None = None, *, verbose: bool = True) -> None:
     """Show `report`. Without `verbose`, what the figures rest on is told in a few lines."""
-    out = _Out(console)
+    out = Output(console)
     out.line(words.headline(report), "bold")
     if report.disturbed:
         out.line("Disturbed run: " + "; ".join(map(plain, report.disturbed)), "bold yellow")
@@ -44,7 +44,7 @@ def print_bench(report: BenchReport, console: Console | None = None, *, verbose:
     _sections(out, report, verbose)
 
 
-def _tables(out: _Out, report: BenchReport) -> None:
+def _tables(out: Output, report: BenchReport) -> None:
     found = [
         ("", words.figure_rows(report)),
         (TRAFFIC, words.traffic_rows(report)),
@@ -64,7 +64,7 @@ def _tables(out: _Out, report: BenchReport) -> None:
             _show(out, heading, _block(rows, index))
 
 
-def _show(out: _Out, heading: str, table: Table) -> None:
+def _show(out: Output, heading: str, table: Table) -> None:
     if heading:
         out.line(heading, "bold")
     table.columns[0].min_width = min(LABEL, out.console.width // 3)
@@ -96,10 +96,10 @@ def _fits(rows: list[words.Row], labels: list[str], shape: Shape, width: int) ->
 
 def _columns(rows: list[words.Row], labels: list[str], shape: Shape) -> Table:
     # The last column of a table is for a word; here each cell has its own.
-    table = _table("", *labels, "")
+    table = new_table("", *labels, "")
     for row in rows:
-        cells = [_text("\n".join(shape(cell)), _style(cell)) for cell in row.cells]
-        table.add_row(_text(_label(row)), *cells, _text(""))
+        cells = [as_text("\n".join(shape(cell)), _style(cell)) for cell in row.cells]
+        table.add_row(as_text(_label(row)), *cells, as_text(""))
     return table
 
 
@@ -116,26 +116,27 @@ def _style(cell: words.Cell) -> str:
 
 def _block(rows: list[words.Row], index: int) -> Table:
     compared = any(row.cells[index].ratio for row in rows)
-    table = _table("", "", *(["÷ the first"] if compared else []), "")
+    table = new_table("", "", *(["÷ the first"] if compared else []), "")
     for row in rows:
         cell = row.cells[index]
         # The boundary stands with the joules: on one line, a block is half as long.
         method = row.note.partition(",")[0]
-        beside = [_text(cell.compared, _style(cell))] if compared else []
+        beside = [as_text(cell.compared, _style(cell))] if compared else []
         label = f"{row.label} ({method})" if method else row.label
-        table.add_row(_text(label), _text(cell.measured, _style(cell) if cell.alarm else ""), *beside,
-                      _text(cell.change, _style(cell)))  # fmt: skip
+        table.add_row(as_text(label), as_text(cell.measured, _style(cell) if cell.alarm else ""), *beside,
+                      as_text(cell.change, _style(cell)))  # fmt: skip
     return table
 
 
 # What it rests on -------------------------------------------------------------------------------------------------
 
 
-def _sections(out: _Out, report: BenchReport, verbose: bool) -> None:
+def _sections(out: Output, report: BenchReport, verbose: bool) -> None:
     if verbose or not report.disturbed:
         out.section("Conditions", condition_words(report.disturbed))
     for title, subject in zip(words.subject_titles(report), report.subjects, strict=True):
-        out.section("Subject", [title, *words.subject_words(subject)][: None if verbose else 3])
+        said = words.subject_words(subject)
+        out.section("Subject", [title, *(said if verbose else [*said[:2], *map(plain, subject.notes)])])
     out.section("Joules", words.joules_words(report, brief=True)[: None if verbose else BRIEF_ENERGY])
     price = words.price_words(report)
     out.section("Price", [price] if price else [])

@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from perwatt.bench.capacity import highest_rate, window_s
+from perwatt.bench.capacity import Try, highest_rate, window_s
 from perwatt.bench.statistics import figure_interval, percentile
-from perwatt.bench.traffic import Price, poisson_arrivals
+from perwatt.bench.traffic import JOULES_PER_KWH, Price, poisson_arrivals
 from perwatt.bench_report import BenchReport, Capacity, Figure, Traffic
 from perwatt.bench_report import Subject as SubjectReport
 from perwatt.comparison import compare_figure, noise_floor, subject_figure
@@ -33,6 +33,7 @@ BENCH = Effort(window_s=0.1, warm_up_s=0.3, min_blocks=20, max_s=12.0, tight=0.0
 TRAFFIC_BLOCKS = 2
 TRAFFIC_S, TRAFFIC_REQUESTS, TRAFFIC_MOST_S = 3.0, 50, 60.0
 """A window of traffic: this long at least, and long enough for so many requests, but no longer than the last."""
+DROWNING = 3.0
 LATE = 1.05
 """A window that ends later than this share of its time had more requests than could be served."""
 
@@ -62,6 +63,14 @@ def benchmark(
     server = options.get("scenario") == "server"
     if server and latency_bound_ms is None:
         raise InputError("the server scenario wants a latency bound", fix="add --latency-bound 20ms")
+    if latency_bound_ms is not None and not server:
+        raise InputError("a latency bound is for the server scenario", fix="add --scenario server")
+    if latency_bound_ms is not None and latency_bound_ms <= 0:
+        raise InputError("a latency bound must be above 0", fix="write --latency-bound 20ms")
+    if profile == "long" and time_s is not None:
+        raise InputError(
+            "--profile long measures 600 s for each model", fix="leave out --time, or take --profile quick"
+        )
     with workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         folder = Path(scratch)
         subjects = _open([Path(model) for model in models], options, folder, checks, cleanup, progress)
@@ -78,8 +87,8 @@ def benchmark(
             assert latency_bound_ms is not None
             for subject, report in zip(subjects, found, strict=True):
                 progress(f"finding the highest rate of {subject.label}", last)
-                report.capacity = _capacity(subject, report, latency_bound_ms, conductor, seed)
-        if rate_per_s:
+                report.capacity = _capacity(subject, report, latency_bound_ms, conductor, seed, progress)
+        if rate_per_s and _can_serve(rate_per_s, subjects, found):
             seconds = _traffic_window_s(rate_per_s, conductor)
             served = _traffic(
                 subjects, rate_per_s, seconds, conductor, seed, lambda share: progress("traffic", 0.65 + 0.3 * share)
@@ -92,14 +101,12 @@ def benchmark(
             seconds=round(time.perf_counter() - started, 2),
             profile=profile,
             subjects=found,
-            noise_floor={name: _fraction(noise_floor(name, measured.blocks[0])) for name in MEASURED}
-            if measured.two_processes
-            else {},
+            noise_floor=_floors(measured),
             disturbed=measured.disturbed,
             machine=measured.machine,
             measuring=measuring_facts(measured, subjects, inputs, seed),
             energy=measured.energy,
-            notes=[*dict.fromkeys([*notes, *measured.notes])],
+            notes=[*dict.fromkeys(notes)],
         )
 
 
@@ -123,8 +130,15 @@ def _label(path: Path, paths: Sequence[Path]) -> str:
     return name if [other.resolve().name for other in paths].count(name) == 1 else str(path)
 
 
-def _fraction(floor: float | None) -> float | None:
-    return None if floor is None else math.expm1(floor)
+def _floors(measured: Measured) -> dict[str, float | None]:
+    """By figure, how far apart two processes of any of the models were, as a fraction."""
+    if not measured.two_processes:
+        return {}
+    found = {}
+    for name in MEASURED:
+        known = [floor for blocks in measured.blocks if (floor := noise_floor(name, blocks)) is not None]
+        found[name] = math.expm1(max(known)) if known else None
+    return found
 
 
 def _subject(subject: Subject, measured: Measured, number: int, folder: Path) -> SubjectReport:
@@ -163,6 +177,22 @@ def _subject(subject: Subject, measured: Measured, number: int, folder: Path) ->
 # Traffic --------------------------------------------------------------------------------------------------------
 
 
+def _can_serve(rate_per_s: float, subjects: Sequence[Subject], reports: Sequence[SubjectReport]) -> bool:
+    """Whether no subject would drown: far beyond what it does, serving the backlog would take for ever."""
+    drowning = []
+    for subject, report in zip(subjects, reports, strict=True):
+        most = (report.figures["throughput_per_s"].value or 0.0) / _items(subject)
+        if rate_per_s > DROWNING * most:
+            drowning.append(subject)
+            report.notes.append(f"it serves about {most:.4g} requests a second: {rate_per_s:.4g}/s was not tried")
+    return not drowning
+
+
+def _items(subject: Subject) -> int:
+    """Items in one request, which is one call."""
+    return 1 if subject.signature.batch is None else int(subject.main.facts["operating_point"]["batch"])
+
+
 def _traffic_window_s(rate_per_s: float, conductor: Conductor) -> float:
     return max(TRAFFIC_S, conductor.counter_window_s or 0.0, min(TRAFFIC_REQUESTS / rate_per_s, TRAFFIC_MOST_S))
 
@@ -195,8 +225,15 @@ def _traffic_report(
     windows: Sequence[Window], rate_per_s: float, seconds: float, price: Price | None, measured: Measured
 ) -> Traffic:
     energy = measured.energy
-    joules = [w.energy_j / w.inferences for w in windows if w.energy_j is not None and w.inferences]
-    watts = [w.energy_j / w.wall_s for w in windows if w.energy_j is not None]
+    idle_w = energy["idle_power_w"]
+    # What a request takes above idle, and its share of idle time at the rate that was asked for: a window of a minute
+    # can't hold one request an hour, and ends with its last request.
+    joules = [
+        (w.energy_j - idle_w * w.wall_s) / len(w.latencies_ms) + idle_w / rate_per_s
+        for w in windows
+        if w.energy_j is not None and idle_w is not None
+    ]
+    watts = [one * rate_per_s for one in joules]
     latencies = [latency for window in windows for latency in window.latencies_ms]
     wall = sum(window.wall_s for window in windows)
     cpus = os.cpu_count() or 1
@@ -209,11 +246,11 @@ def _traffic_report(
         return Figure(value=value, unit=unit, low=low, high=high, n=len(values), **where)
 
     per_request = labelled(joules, "J")
-    kwh = per_request.value * 1e6 / 3.6e6 if per_request.value is not None else None
+    per_million = per_request.value * 1e6 if per_request.value is not None else None
     return Traffic(
         rate_per_s=rate_per_s,
         seconds=wall,
-        requests=sum(window.inferences for window in windows),
+        requests=len(latencies),
         energy_j_per_request=per_request,
         power_w=labelled(watts, "W"),
         idle_power_w=Figure(
@@ -223,25 +260,32 @@ def _traffic_report(
         latency_p99_ms=percentile(latencies, 0.99),
         utilisation=sum(window.cpu_s for window in windows) / (wall * cpus) if wall else None,
         sustained=all(window.wall_s <= LATE * seconds for window in windows),
-        kwh_per_million=kwh,
-        cost_per_million=kwh * price.amount if kwh is not None and price is not None else None,
+        kwh_per_million=per_million / JOULES_PER_KWH if per_million is not None else None,
+        cost_per_million=price.of_joules(per_million) if per_million is not None and price is not None else None,
         currency=price.currency if price is not None else None,
         price_per_kwh=price.amount if price is not None else None,
     )
 
 
-def _capacity(subject: Subject, report: SubjectReport, bound_ms: float, conductor: Conductor, seed: int) -> Capacity:
-    """The highest rate of Poisson arrivals that stays within the bound."""
-    start = report.figures["throughput_per_s"].value or 1.0
+def _capacity(
+    subject: Subject, report: SubjectReport, bound_ms: float, conductor: Conductor, seed: int, progress: Progress
+) -> Capacity:
+    """The highest rate of Poisson arrivals, of calls, that stays within the bound."""
+    start = (report.figures["throughput_per_s"].value or 1.0) / _items(subject)
     tried = 0
+
+    def shown(one: Try) -> None:
+        told = "held" if one.ok else "too much"
+        progress(f"{subject.label}: {one.rate_per_s:.4g}/s, {told}", 0.65 + 0.02 * min(tried, 15))
 
     def serve(rate_per_s: float) -> Window:
         nonlocal tried
         tried += 1
         seconds = window_s(rate_per_s, bound_ms, at_most_s=TRAFFIC_MOST_S)
-        return conductor.served(subject.main, poisson_arrivals(rate_per_s, seed + tried, seconds=seconds))
+        count = max(1, round(rate_per_s * seconds))
+        return conductor.served(subject.main, poisson_arrivals(rate_per_s, seed + tried, seconds=seconds, count=count))
 
-    found = highest_rate(serve, bound_ms=bound_ms, start_rate=start)
+    found = highest_rate(serve, bound_ms=bound_ms, start_rate=start, progress=shown)
     return Capacity(
         rate_per_s=found.rate_per_s,
         bound_ms=bound_ms,

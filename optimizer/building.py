@@ -29,6 +29,7 @@ from functools import cache as once
 from pathlib import Path
 
 from perwatt import building_git as repositories
+from perwatt import registry
 from perwatt.building_cache import Cache, default_folder, entry_name, external_weights, from_environment, named_files
 from perwatt.building_cache import path_of as path_in_recipe
 from perwatt.building_git import Repository
@@ -123,9 +124,14 @@ def _as_given(spec: str) -> Path:
     path = Path(spec)
     if not path.exists() and _is_ref(spec):
         raise InputError(f"there is no bundle {spec}", fix=f"the git ref is written {GIT}{spec}")
-    if not is_bundle(path):
+    if not is_bundle(path) and not _own_format(path):
         detect(path)
     return path
+
+
+def _own_format(path: Path) -> bool:
+    """Whether it is a model file of some backend's own."""
+    return path.is_file() and any(path.suffix in registry.target(name).formats for name in registry.names("targets"))
 
 
 def _is_ref(spec: str) -> bool:
@@ -202,9 +208,8 @@ def _below(root: Path, path: Path) -> Path:
 
 def _config_at(config: Path, repository: Repository, root: Path, name: str, notes: list[str]) -> Path:
     """The commit's own version of the recipe. Raises InputError where it has none."""
-    absolute = next(
-        (path for path in (config.absolute(), config.resolve()) if path.is_relative_to(repository.top)), None
-    )
+    ways = (Path(os.path.normpath(config.absolute())), config.resolve())
+    absolute = next((path for path in ways if path.is_relative_to(repository.top)), None)
     if absolute is None:
         notes.append(f"{config} lies outside the repository: it is the same for every ref")
         return config.absolute()
@@ -233,17 +238,27 @@ def _complete(job: Job, repository: Repository, root: Path, cwd: Path, name: str
         ours, theirs = Path(os.path.normpath(job.here / path)), Path(os.path.normpath(cwd / path))
         if not ours.is_relative_to(root):
             raise InputError(f"{job.label}: {where} leads above the root folder", fix="correct the path in the recipe")
+        if not _inside(ours, root):
+            job.notes.append(f"{path} is behind a link that leads out of the repository: it is the same for every ref")
+            continue
         missing = not ours.exists() and theirs.exists()
         if missing:
             _link(ours, theirs)
             job.borrowed = True
             job.notes.append(f"{path} is not in {name}: taken from the working tree")
-        elif ours.is_dir() and theirs.is_dir() and theirs.is_relative_to(repository.top):
+        elif ours.is_dir() and theirs.is_dir() and theirs.resolve().is_relative_to(repository.top.resolve()):
             _fill(job, ours, theirs, f"{path} that are not in {name}")
         _add_weights(job, ours, theirs, linked=missing)
     if from_environment(job.recipe, job.here) is not None:
         package = str(job.recipe.model.arch).partition(":")[0]
         job.notes.append(f"{package} is imported from the Python environment: it is the same for every ref")
+
+
+def _inside(path: Path, root: Path) -> bool:
+    """Whether `path`, links followed, lies below `root`: what a commit's link leads to outside is the person's own. A
+    link that leads nowhere is judged by where it stands."""
+    real = path.resolve() if path.exists() else path.parent.resolve() / path.name
+    return real.is_relative_to(root.resolve())
 
 
 def _link(ours: Path, theirs: Path) -> None:

@@ -89,10 +89,10 @@ class Cache:
         with self._locked(_LOCK):
             for left in self.folder.glob(".*.partial-*"):
                 sweep(self.folder / left.name[1:].rpartition(".partial-")[0])
-            used = {path: path.stat().st_mtime for path in self.folder.iterdir() if _is_entry(path)}
-            size = 0
+            used = {path: _status(path, "st_mtime") for path in self.folder.iterdir() if _is_entry(path)}
+            size = 0.0
             for count, path in enumerate(sorted(used, key=lambda entry: used[entry], reverse=True), start=1):
-                size += sum(file.lstat().st_size for file in path.rglob("*"))
+                size += sum(_status(file, "st_size") for file in path.rglob("*"))
                 if (count > KEEP_ENTRIES or size > KEEP_BYTES) and time.time() - used[path] > IN_USE_S:
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -106,6 +106,14 @@ class Cache:
                 waiting()
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+
+def _status(path: Path, name: str) -> float:
+    """A number of the file's status; zero for what another process has removed meanwhile."""
+    try:
+        return float(getattr(path.lstat(), name))
+    except FileNotFoundError:
+        return 0.0
 
 
 def _is_entry(path: Path) -> bool:
@@ -129,7 +137,8 @@ def entry_name(recipe: Recipe, here: Path, code: Callable[[], str]) -> str:
     plain = recipe.model_copy(update={"passes": resolve_steps(recipe)}).model_dump(mode="json")
     digests = {}
     for (section, key), where in named_files(recipe).items():
-        plain[section][key] = Path(where).name
+        # The path as written counts too: the bundle keeps it, and a gate looks for the data there.
+        plain[section][key] = where
         digests[f"{section}.{key}"] = [_digest(file) for file in files_of(where, here)]
     facts = {
         "recipe": plain,

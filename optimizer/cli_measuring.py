@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ OUTPUT: list[Decorator] = [
     click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
     click.option("--verbose", "-v", is_flag=True, help="Print every step, and the trace of an internal error."),
 ]
+
+
+class Verdict(SystemExit):
+    """The end of a gate: nothing else may end with exit code 1."""
 
 
 def _split(flags: dict[str, Any]) -> dict[str, Any]:
@@ -221,13 +226,18 @@ def gate(
         from perwatt.history import record_gate
 
         _note(record_gate(report, flags["history"]), flags)
-    if flags["as_json"]:
-        click.echo(text, nl=False)
-    elif not flags["quiet"]:
-        from perwatt.gate_terminal import print_gate
+    try:
+        if flags["as_json"]:
+            click.echo(text, nl=False)
+        elif not flags["quiet"]:
+            from perwatt.gate_terminal import print_gate
 
-        print_gate(report, verbose=flags["verbose"])
-    raise SystemExit(report.exit_code)
+            print_gate(report, verbose=flags["verbose"])
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):
+        # Whoever read this has gone; the verdict stands.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise Verdict(report.exit_code)
 
 
 def _write_gate(report: Any, markdown: str | None, junit: str | None) -> None:
@@ -239,8 +249,11 @@ def _write_gate(report: Any, markdown: str | None, junit: str | None) -> None:
         _write(markdown, text)
         if summary:
             # Other steps write there too: it is added to, never replaced.
-            with open(summary, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            try:
+                with open(summary, "a", encoding="utf-8") as file:
+                    file.write(text + "\n")
+            except OSError as error:
+                click.echo(f"optimize: GITHUB_STEP_SUMMARY can't be written: {error.strerror}", err=True)
     if junit:
         from perwatt.gate_junit import render as render_junit
 

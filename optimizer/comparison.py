@@ -93,13 +93,14 @@ def subject_figure(name: str, blocks: Blocks) -> tuple[float | None, float | Non
 
 
 def noise_floor(name: str, blocks: Blocks) -> float | None:
-    """How far apart two processes of one subject may be taken to be, on the log scale; None where there is only one."""
-    if not blocks.short or len(blocks.short[0]) < 2:
-        return None
+    """How far apart two processes of one subject may be taken to be, on the log scale; None where too little is known.
+    The subject must have had two: two windows of one process would look the same."""
     if name in PERCENTILES:
         ratio = percentile_ratio(
             blocks.calls(lambda block: block[:1]), blocks.calls(lambda block: block[1:]), PERCENTILES[name]
         )
+        if ratio.low is None or ratio.high is None:
+            return None
         return max(abs(log_ratio(ratio.low)), abs(log_ratio(ratio.high))) / math.sqrt(2)
     ours, theirs = blocks.logs(name, lambda block: block[:1]), blocks.logs(name, lambda block: block[1:])
     differences = [a - b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
@@ -170,16 +171,21 @@ def exact_figure(name: str, base: float | None, head: float | None, floor: float
 
 
 def judge(
-    limits: Mapping[str, Limit], found: Mapping[str, ComparedFigure], accuracy: ComparedAccuracy | None, why_none: str
+    limits: Mapping[str, Limit],
+    found: Mapping[str, ComparedFigure],
+    accuracy: ComparedAccuracy | None,
+    why_none: str,
+    without: Verdict = "inconclusive",
 ) -> list[Check]:
-    """One check for each limit. `why_none`: why there is no accuracy, where there is none."""
+    """One check for each limit. `why_none`: why there is no accuracy, where there is none, and `without` is then the
+    verdict."""
     checks = []
     for name, limit in limits.items():
         for key in ("max_increase", "max_decrease", "max", "min", "max_drop"):
             if getattr(limit, key) is None:
                 continue
             if name == "accuracy":
-                checks.append(_accuracy_check(key, limit, accuracy, why_none))
+                checks.append(_accuracy_check(key, limit, accuracy, why_none, without))
             else:
                 checks.append(_check(name, key, limit, found))
     return checks
@@ -204,13 +210,19 @@ def _check(name: str, key: str, limit: Limit, found: Mapping[str, ComparedFigure
         value, effect = _ratio(figure), log_ratio(figure.ratio.value)
     else:
         bound = amount(name, asked)
-        low, high = figure.head_interval or (figure.head, figure.head)
+        low, high = figure.head_interval or (None, None)
         value = Ratio(figure.head, low, high)
         effect = log_ratio(figure.head / bound) if figure.head is not None and bound else 0.0
     side: str = "at most" if key in ("max_increase", "max") else "at least"
-    floor = math.log1p(figure.floor or 0.0)
-    decision = decide(value, bound, side, floor, effect)  # type: ignore[arg-type]
+    decision = decide(value, bound, side, _floor(name, figure), effect, kind.exact)  # type: ignore[arg-type]
     return Check(figure=name, limit=words, verdict=decision.verdict, reason=_reason(decision, name, figure, relative))
+
+
+def _floor(name: str, figure: ComparedFigure) -> float:
+    """The noise floor on the log scale; infinite where it is not known, for then nothing is known to be beyond it."""
+    if figure.floor is None:
+        return 0.0 if FIGURES[name].exact else math.inf
+    return math.log1p(figure.floor)
 
 
 def _without_joules(name: str, key: str, share: float | None, words: str, found: Mapping[str, ComparedFigure]) -> Check:
@@ -223,7 +235,7 @@ def _without_joules(name: str, key: str, share: float | None, words: str, found:
     ratio = _ratio(figure).inverse() if better_is_more else _ratio(figure)
     bound = 1 + share if key == "max_increase" else 1 - share
     side = "at most" if key == "max_increase" else "at least"
-    floor = math.log1p(figure.floor or 0.0)
+    floor = _floor("cpu_s_per_inference", figure)
     decision = decide(ratio, bound, side, floor, log_ratio(ratio.value))  # type: ignore[arg-type]
     reason = _reason(decision, "cpu_s_per_inference", figure, True)
     return Check(
@@ -235,12 +247,14 @@ def _ratio(figure: ComparedFigure) -> Ratio:
     return Ratio(figure.ratio.value, figure.ratio.low, figure.ratio.high)
 
 
-def _accuracy_check(key: str, limit: Limit, accuracy: ComparedAccuracy | None, why_none: str) -> Check:
+def _accuracy_check(
+    key: str, limit: Limit, accuracy: ComparedAccuracy | None, why_none: str, without: Verdict
+) -> Check:
     asked = getattr(limit, key)
     unit = "points" if accuracy is None or accuracy.unit == "fraction" else ""
     words = limit_words("accuracy", key, asked, unit)
     if accuracy is None:
-        return Check(figure="accuracy", limit=words, verdict="inconclusive", reason=why_none)
+        return Check(figure="accuracy", limit=words, verdict=without, reason=why_none)
     if key == "max_drop":
         decision = decide_accuracy(accuracy.drop, asked, accuracy.p_value, accuracy.low)
         return Check(figure="accuracy", limit=words, verdict=decision.verdict, reason=_drop_reason(accuracy, decision))
@@ -282,6 +296,10 @@ def _reason(decision: Decision, name: str, figure: ComparedFigure, relative: boo
         low, high = figure.head_interval or (None, None)
         interval = f" [{low:.4g}, {high:.4g}]" if low is not None else ""
         text = f"{title} is {figure.head:.4g} {figure.unit}{interval}".rstrip()
+    if decision.ground == "alone":
+        return f"{text}, from too few blocks to know how sure that is: measure longer with --time"
+    if decision.ground == "noise" and figure.floor is None:
+        return f"{text}, but there was room for one process of each side only, so this machine's noise is not known"
     if decision.ground == "noise":
         floor = (figure.floor or 0.0) * 100
         return f"{text}, but two processes of the same model differ by up to {floor:.1f} % here"

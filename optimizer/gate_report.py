@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from perwatt.report import RatioFigure
 
-SCHEMA_VERSION = 1
 Verdict = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 

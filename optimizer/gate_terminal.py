@@ -17,13 +17,13 @@ from perwatt.basis_words import (
     run_words,
 )
 from perwatt.report_units import plain
-from perwatt.terminal import STYLES, _Out, _table, _text
+from perwatt.terminal import STYLES, Output, as_text, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from perwatt.gate_report import GateReport, Verdict
+    from perwatt.gate_report import GateReport, GateSide, Verdict
 
 VERDICT_STYLES: dict[Verdict, str] = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow"}
 ROOMY = 100
@@ -33,7 +33,7 @@ ROOMY = 100
 def print_gate(report: GateReport, console: Console | None = None, *, verbose: bool = True) -> None:
     """Show `report`; the last line says when and with which exit code. Without `verbose`, what the figures rest on is
     told in a few lines."""
-    out = _Out(console)
+    out = Output(console)
     out.line(f"{words.WORDS[report.verdict]}  {words.headline(report)}", VERDICT_STYLES[report.verdict])
     if words.reason(report):
         out.line(words.reason(report))
@@ -53,14 +53,14 @@ def print_gate(report: GateReport, console: Console | None = None, *, verbose: b
     _sections(out, report, verbose)
 
 
-def _sections(out: _Out, report: GateReport, verbose: bool) -> None:
+def _sections(out: Output, report: GateReport, verbose: bool) -> None:
     out.section("Why", words.why(report))
     out.section("What to do", words.advice(report))
     out.section("Accuracy", [words.accuracy_words(report)])
     if verbose or not report.disturbed:
         out.section("Conditions", condition_words(report.disturbed))
-    out.section("Base", words.side_words(report.base)[: None if verbose else 1])
-    out.section("Head", words.side_words(report.head)[: None if verbose else 1])
+    out.section("Base", _side(report.base, verbose))
+    out.section("Head", _side(report.head, verbose))
     out.section("Joules", words.joules_words(report, brief=True)[: None if verbose else BRIEF_ENERGY])
     facts = report.measuring if verbose else brief_measuring(report.measuring)
     measured = [*filter(None, [words.counts_words(report)]), *measuring_words(facts, brief=True)]
@@ -73,36 +73,41 @@ def _sections(out: _Out, report: GateReport, verbose: bool) -> None:
     out.section("Run", [f"{plain(report.name)}: {run}, exit code {report.exit_code}{more}"])
 
 
+def _side(side: GateSide, verbose: bool) -> list[str]:
+    said = words.side_words(side)
+    return said if verbose else [said[0], *map(plain, side.notes)]
+
+
 def _limits(rows: list[words.LimitRow]) -> Table:
-    table = _table("limit", "base", "head", words.RATIO_TITLE, "noise", "verdict")
+    table = new_table("limit", "base", "head", words.RATIO_TITLE, "noise", "verdict")
     for row in rows:
         figure = row.figure
         label = [_noted(figure.title, figure.note), f"  {row.limit}"]
         if row.decided_by is not None:
             label.append(f"  by {row.decided_by}")
         table.add_row(
-            _text("\n".join(label)),
-            _text(_under(figure.base, figure.base_spread)),
-            _text(_under(figure.head, figure.head_spread)),
-            _text(_under(figure.ratio, figure.interval)),
-            _text(figure.floor),
-            _text(row.verdict if row.verdict == "pass" else words.WORDS[row.verdict], VERDICT_STYLES[row.verdict]),
+            as_text("\n".join(label)),
+            as_text(_under(figure.base, figure.base_spread)),
+            as_text(_under(figure.head, figure.head_spread)),
+            as_text(_under(figure.ratio, figure.interval)),
+            as_text(figure.floor),
+            as_text(row.verdict if row.verdict == "pass" else words.WORDS[row.verdict], VERDICT_STYLES[row.verdict]),
         )
     return table
 
 
 def _others(rows: list[words.FigureRow], wide: bool) -> Table:
-    table = _table("without a limit", "base", "head", words.RATIO_TITLE, *(["noise"] if wide else []), "")
+    table = new_table("without a limit", "base", "head", words.RATIO_TITLE, *(["noise"] if wide else []), "")
     for row in rows:
         style = STYLES.get(row.change, "dim")
-        beside = [_text(row.floor)] if wide else []
+        beside = [as_text(row.floor)] if wide else []
         table.add_row(
-            _text(f"{row.title} ({row.note})" if wide and row.note else _noted(row.title, row.note)),
-            _text(f"{row.base} {row.base_spread}".strip() if wide else row.base),
-            _text(f"{row.head} {row.head_spread}".strip() if wide else row.head),
-            _text(f"{row.ratio} {row.interval}".strip(), style),
+            as_text(f"{row.title} ({row.note})" if wide and row.note else _noted(row.title, row.note)),
+            as_text(f"{row.base} {row.base_spread}".strip() if wide else row.base),
+            as_text(f"{row.head} {row.head_spread}".strip() if wide else row.head),
+            as_text(f"{row.ratio} {row.interval}".strip(), style),
             *beside,
-            _text(row.change, style),
+            as_text(row.change, style),
         )
     return table
 

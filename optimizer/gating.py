@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,8 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from perwatt import building, metrics
-from perwatt.bench.meters import open_meter
+from perwatt.bench.meters import VARIABLE, open_meter
 from perwatt.building import Built
 from perwatt.comparison import compare, exact_figure, judge, verdict_of, window_figure
 from perwatt.errors import BackendError, InputError
@@ -27,13 +30,14 @@ from perwatt.limits import DEFAULT, GateFile, read_limits
 from perwatt.measuring import Effort
 from perwatt.metrics_paired import mcnemar
 from perwatt.signature import Batch
-from perwatt.subjects import Subject, give_samples, load, open_subject
+from perwatt.subjects import Subject, give_samples, load, names_data, open_subject
 from perwatt.worker import load_outputs
 
 GATE = Effort(window_s=0.02, warm_up_s=0.1, min_blocks=40, max_s=20.0, tight=0.01, steady_s=1.0)
 """How long a gate measures unless it is told otherwise."""
 
 NO_LABELS = "no samples that accuracy could be judged on: give --eval, or bundles whose recipe names some that are here"
+NOT_FINITE = "head's outputs are not finite on the labelled samples"
 
 
 def gate(
@@ -61,7 +65,9 @@ def gate(
     started = time.perf_counter()
     asked = limits if isinstance(limits, GateFile) else read_limits(limits)
     where = Path(config) if config is not None else None
-    if meter != "auto":
+    if profile == "long" and time_s is not None:
+        raise InputError("--profile long measures 600 s for each side", fix="leave out --time, or take --profile quick")
+    if meter != "auto" or VARIABLE in os.environ:
         # What can't be used is better said before both sides are built.
         open_meter(meter)[0].close()
     sides = [
@@ -73,8 +79,8 @@ def gate(
         progress("opening both sides", 0.5)
         subjects = _open(sides, options, folder, checks, cleanup)
         load(subjects)
-        inputs = give_samples(subjects, folder, seed)
         _same_question(subjects)
+        inputs = give_samples(subjects, folder, seed)
         conductor, notes = open_conductor(subjects, meter, seed, cleanup)
         effort = _effort(time_s)
         make_ready(subjects, effort, _part_of(progress, 0.55, 0.1))
@@ -83,8 +89,10 @@ def gate(
         accuracy, why_none = None, NO_LABELS
         if "accuracy" in asked.limits:
             progress("judging accuracy", 0.96)
-            accuracy, why_none = _accuracy(subjects, folder)
-            if accuracy is None and asked is DEFAULT:
+            accuracy, why_none = _accuracy(subjects, folder, options.get("metric"))
+            # Named samples that are not here, or outputs that are no numbers, are no reason to judge less.
+            gone = any(names_data(subject.recipe.data) and subject.roles is None for subject in subjects)
+            if accuracy is None and asked is DEFAULT and not gone and why_none != NOT_FINITE:
                 asked = asked.model_copy(
                     update={"limits": {n: one for n, one in asked.limits.items() if n != "accuracy"}}
                 )
@@ -116,10 +124,10 @@ def _open(
 
 def _same_question(subjects: Sequence[Subject]) -> None:
     """Both sides must be asked the same thing: scenario and batch."""
-    base, head = (subject.point for subject in subjects)
-    if (base.scenario, base.batch) != (head.scenario, head.batch):
+    base, head = ({**subject.main.facts["operating_point"]} for subject in subjects)
+    if any(base[key] != head[key] for key in ("scenario", "batch")):
         raise InputError(
-            f"base runs {base.scenario} at batch {base.batch}, head {head.scenario} at batch {head.batch}",
+            f"base runs {base['scenario']} at batch {base['batch']}, head {head['scenario']} at batch {head['batch']}",
             fix="say which with --scenario and --batch",
         )
 
@@ -144,14 +152,20 @@ def _memory(subjects: Sequence[Subject]) -> ComparedFigure:
     return exact_figure("peak_memory_bytes", base, head, max(floors, default=None))
 
 
-def _accuracy(subjects: Sequence[Subject], folder: Path) -> tuple[ComparedAccuracy | None, str]:
-    """Both sides on the same samples, and why not where that can't be."""
+def _accuracy(
+    subjects: Sequence[Subject], folder: Path, metric_asked: str | None
+) -> tuple[ComparedAccuracy | None, str]:
+    """Both sides on the same samples, and why not where that can't be. Without labels there is none, unless a metric was
+    asked for: agreement with the base would blame a better head for every answer that it mends."""
     found = [subject.roles.evaluation if subject.roles is not None else None for subject in subjects]
     base, head = subjects
     if found[0] is None or found[1] is None:
         return None, NO_LABELS
-    if len(found[0]) != len(found[1]):
-        return None, f"base has {len(found[0])} samples and head {len(found[1])}: accuracy can't be paired"
+    labels = [samples.labels for samples in found if samples is not None]
+    if metric_asked is None and any(one is None for one in labels):
+        return None, NO_LABELS
+    if len(found[0]) != len(found[1]) or not _equal(*labels):
+        return None, "base and head are judged on different samples, or in another order: accuracy can't be paired"
     outputs: list[list[Batch]] = []
     for number, (subject, samples) in enumerate(zip(subjects, found, strict=True)):
         assert samples is not None
@@ -161,11 +175,14 @@ def _accuracy(subjects: Sequence[Subject], folder: Path) -> tuple[ComparedAccura
         except BackendError as error:
             return None, f"{subject.label} fails on the labelled samples: {error}"
         outputs.append(load_outputs(out))
-    metric = metrics.resolve(base.recipe.data.metric or head.recipe.data.metric, found[0], outputs[0])
+    recorded = base.recipe.data.metric or head.recipe.data.metric
+    metric = metrics.resolve(metric_asked or recorded, found[0], outputs[0])
     scores = [
         metric.score(given, samples, outputs[0]) for given, samples in zip(outputs, found, strict=True) if samples
     ]
     paired = metrics.compare(metric, scores[0], scores[1])
+    if not math.isfinite(paired.drop):
+        return None, NOT_FINITE
     flips = paired.flips_lost is not None and paired.flips_gained is not None
     return ComparedAccuracy(
         metric=metric.name, unit=metric.unit, n=paired.n, base=scores[0].value, head=scores[1].value,
@@ -175,6 +192,10 @@ def _accuracy(subjects: Sequence[Subject], folder: Path) -> tuple[ComparedAccura
         flips_lost=paired.flips_lost, flips_gained=paired.flips_gained,
         p_value=mcnemar(paired.flips_lost or 0, paired.flips_gained or 0) if flips else None,
     ), ""  # fmt: skip
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and np.array_equal(a, b))
 
 
 def _report(
@@ -190,7 +211,7 @@ def _report(
     seed: int,
     started: float,
 ) -> GateReport:
-    checks = judge(asked.limits, figures, accuracy, why_none)
+    checks = judge(asked.limits, figures, accuracy, why_none, "fail" if why_none == NOT_FINITE else "inconclusive")
     verdict = verdict_of(checks)
     deciding = [check for check in checks if check.verdict == verdict]
     reason = "; ".join(dict.fromkeys(check.reason for check in deciding)) if verdict != "pass" else "every limit holds"
@@ -213,7 +234,7 @@ def _report(
         measuring=measuring_facts(measured, subjects, inputs, seed),
         energy=measured.energy,
         samples={subject.label: _samples(subject) for subject in subjects},
-        notes=[*dict.fromkeys([*notes, *measured.notes])],
+        notes=[*dict.fromkeys(notes)],
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from perwatt import history_words as words
 from perwatt.history import Entry, Series, of_machine
-from perwatt.terminal import STYLES, _Out, _text
+from perwatt.terminal import STYLES, Output, as_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ BRAILLE = 0x2800
 def print_history(series: Sequence[Series], console: Console | None = None, *, here: str | None = None) -> None:
     """Show every series; where `here` is a machine's fingerprint digest, only those of that machine, and how many entries
     others have. Each series stands alone: nothing of two machines is ever in one table or plot."""
-    out = _Out(console)
+    out = Output(console)
     shown, others = of_machine(series, here) if here is not None else (list(series), [])
     if not shown:
         out.line(words.NOTHING_HERE if others else words.NOTHING_YET)
@@ -41,12 +41,12 @@ def print_history(series: Sequence[Series], console: Console | None = None, *, h
         out.line(elsewhere, "dim")
 
 
-def _print_series(out: _Out, series: Series) -> None:
+def _print_series(out: Output, series: Series) -> None:
     unicode = out.console.encoding.lower().startswith("utf")
     out.line(words.title(series), "bold")
     out.line(words.circumstances(series), "dim")
     out.gap()
-    out.show(_table(series, wide=out.console.width >= WIDE))
+    out.show(new_table(series, wide=out.console.width >= WIDE))
     for note in words.legend(series):
         out.line(note, "dim")
     out.gap()
@@ -60,7 +60,7 @@ def _print_series(out: _Out, series: Series) -> None:
     out.gap()
 
 
-def _table(series: Series, wide: bool) -> Table:
+def new_table(series: Series, wide: bool) -> Table:
     """In a narrow terminal, commits stand for labels, and intervals are written as spreads or left out."""
     from rich import box
     from rich.table import Table
@@ -74,7 +74,7 @@ def _table(series: Series, wide: bool) -> Table:
     for index, row in enumerate(rows):
         meaning, verdict = STYLES.get(row.meaning, ""), VERDICT_STYLES.get(row.verdict.split()[0], "dim")
         styles = {"change": meaning, "÷ base": meaning, "": meaning, "verdict": verdict}
-        table.add_row(*(_text(cells[index], styles.get(name, "")) for name, cells in shown.items()))
+        table.add_row(*(as_text(cells[index], styles.get(name, "")) for name, cells in shown.items()))
     return table
 
 

@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from perwatt.bench import fingerprint, machine, probe
 from perwatt.bench.meters import open_meter
 from perwatt.bench.statistics import half_width
 from perwatt.comparison import Blocks, compare_figure
+from perwatt.errors import InputError
 from perwatt.isolation import Worker
 from perwatt.measurement import Window
 from perwatt.measuring import Conductor, Effort, run_blocks, run_energy_blocks
@@ -24,6 +25,8 @@ Progress = Callable[[str, float], None]
 CALLS_ONE_BY_ONE, CALLS_OF_A_QUEUE = 4, 16
 """So many calls at least in a window: filling and draining a queue must be a small part of it."""
 LONGEST_WINDOW_S = 1.0
+COOL_DOWN_S = 5.0
+"""Between load and the idle window of a counter: clocks and voltages fall back within seconds."""
 IDLE_S = 0.2
 """Enough for a model of the machine; a counter gets a whole window."""
 IDLE_STATE = "models loaded, their processes asleep"
@@ -51,13 +54,15 @@ class Measured:
     machine: dict[str, Any]
     energy: dict[str, Any]
     probe: dict[str, Any] | None
-    notes: list[str] = field(default_factory=list)
 
 
 def open_conductor(
     subjects: Sequence[Subject], meter: str, seed: int, cleanup: ExitStack
 ) -> tuple[Conductor, list[str]]:
-    """A conductor with the meter that was asked for, and a probe where the processor has matrix units."""
+    """A conductor with the meter that was asked for, and a probe where the processor has matrix units. Raises InputError
+    where the subjects run on devices that one meter can't compare."""
+    if len({subject.device for subject in subjects}) > 1:
+        raise InputError("one runs on the CPU and another on a GPU: their energy can't be compared by one meter")
     opened, notes = open_meter(meter, subjects[0].device)  # type: ignore[arg-type]
     cleanup.callback(opened.close)
     prober = None
@@ -70,14 +75,12 @@ def open_conductor(
 
 def make_ready(subjects: Sequence[Subject], effort: Effort, progress: Progress) -> None:
     """Give every process its calls, and warm it up alone on the machine, until steady."""
-    sides = [side for subject in subjects for side in subject.replicas]
     for number, subject in enumerate(subjects):
         assert subject.samples is not None
         for side in subject.replicas:
             progress(f"warming up {subject.label}", number / len(subjects))
             side.prepare(subject.samples, effort.warm_up_s, effort.steady_s)
             side.settle()
-    assert sides
 
 
 def fitted(effort: Effort, subjects: Sequence[Subject]) -> Effort:
@@ -89,7 +92,7 @@ def fitted(effort: Effort, subjects: Sequence[Subject]) -> Effort:
         longest = max(longest, calls * single.wall_s / max(1, len(single.latencies_ms)))
         subject.main.settle()
     window_s = min(max(effort.window_s, longest), max(LONGEST_WINDOW_S, effort.window_s))
-    return Effort(window_s, effort.warm_up_s, effort.min_blocks, effort.max_s, effort.tight, effort.steady_s)
+    return replace(effort, window_s=window_s)
 
 
 def run_job(
@@ -105,9 +108,9 @@ def run_job(
         progress("measuring", value)
 
     if profile == "long":
+        effort = replace(effort, window_s=LONG_WINDOW_S)
         blocks = _long_blocks(groups, conductor, share)
     else:
-
         asked = 0
 
         def enough() -> bool:
@@ -126,13 +129,17 @@ def run_job(
     if profile == "quick":
         run_energy_blocks(groups, QUICK_ENERGY_BLOCKS, conductor, lambda value: progress("measuring energy", value))
     progress("measuring idle power", 1.0)
+    if conductor.counter_window_s is not None:
+        time.sleep(COOL_DOWN_S)
     idle = conductor.idle(max(IDLE_S, conductor.counter_window_s or 0.0))
     for replicas in groups:
         for side in replicas:
             side.note_memory()
     kept = probe.keep(probed) if conductor.probe is not None else [True] * blocks
     idle_w = idle.energy_j / idle.wall_s if idle.energy_j is not None else None
-    windows = [window for replicas in groups for side in replicas for window in side.windows]
+    sides = [side for replicas in groups for side in replicas]
+    windows = [window for side in sides for window in (*side.windows, *side.energy_windows)]
+    after = machine.facts()
     return Measured(
         blocks=[Blocks.of(replicas, idle_w, kept) for replicas in groups],
         kept=kept,
@@ -141,10 +148,10 @@ def run_job(
         idle=idle,
         seconds=time.perf_counter() - started,
         disturbed=[
-            *machine.disturbance(windows, os.cpu_count() or 1, before, machine.facts()),
+            *machine.disturbance(windows, os.cpu_count() or 1, before, after),
             *(probe.disturbance(probed) if conductor.probe is not None else []),
         ],
-        machine=_machine(before),
+        machine=_machine(before, after, windows),
         energy=energy_facts(conductor, groups, idle, profile),
         probe=_probe_facts(conductor, probed, kept),
     )
@@ -165,9 +172,18 @@ def _long_blocks(groups: Sequence[Sequence[Any]], conductor: Conductor, share: C
     return blocks
 
 
-def _machine(facts: dict[str, Any]) -> dict[str, Any]:
+def _machine(before: dict[str, Any], after: dict[str, Any], windows: Sequence[Window]) -> dict[str, Any]:
+    """What the machine is, and in what state it was before and after; what others took of it meanwhile."""
     found = fingerprint.fingerprint()
-    return {"fingerprint": found, "digest": fingerprint.digest(found), "facts": facts}
+    cpu_s = (os.cpu_count() or 1) * sum(window.wall_s for window in windows)
+    known = bool(windows) and all(w.steal_s is not None and w.other_cpu_s is not None for w in windows)
+    shares = {
+        "steal_share": sum(w.steal_s or 0.0 for w in windows) / cpu_s if known else None,
+        "others_share": max(0.0, sum(w.other_cpu_s or 0.0 for w in windows)) / cpu_s if known else None,
+    }
+    return {
+        "fingerprint": found, "digest": fingerprint.digest(found), "facts": before, "facts_after": after, **shares,
+    }  # fmt: skip
 
 
 def _probe_facts(

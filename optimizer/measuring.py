@@ -95,8 +95,9 @@ class Conductor:
     def energy_window(self, side: Side, seconds: float) -> Window:
         """One window that is long enough for the meter."""
         self.meter.start()
-        window = side.window(max(seconds, self.counter_window_s or 0.0))
+        window = side.held_window(max(seconds, self.counter_window_s or 0.0))
         self._read(window)
+        window.latencies_ms = side.latencies_ms()
         side.energy_windows.append(window)
         side.settle()
         return window
@@ -106,6 +107,7 @@ class Conductor:
         self.meter.start()
         window = side.serve(arrivals_s)
         self._read(window)
+        window.latencies_ms = side.latencies_ms()
         side.settle()
         return window
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
 Outcome = Literal["optimized", "unchanged", "budget_not_met"]
 
 

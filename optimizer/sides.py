@@ -88,8 +88,18 @@ class Side:
         """One window of load; the caller keeps it."""
         return Window(**self.worker.call("drive", timeout_s=CALL_TIMEOUT_S + 10 * seconds, seconds=seconds))
 
+    def held_window(self, seconds: float) -> Window:
+        """One window of load whose latencies are still with the process: see `latencies_ms`."""
+        timeout_s = CALL_TIMEOUT_S + 10 * seconds
+        return Window(**self.worker.call("drive", timeout_s=timeout_s, seconds=seconds, hold=True))
+
+    def latencies_ms(self) -> list[float]:
+        """The latencies of the last window that was held, in ms."""
+        found: list[float] = self.worker.call("latencies")["latencies_ms"]
+        return found
+
     def serve(self, arrivals_s: Sequence[float]) -> Window:
-        """One window of requests that come by themselves; the caller keeps it."""
+        """One window of requests that come by themselves, its latencies held; the caller keeps it."""
         timeout_s = CALL_TIMEOUT_S + 10 * (arrivals_s[-1] if arrivals_s else 0.0)
         return Window(**self.worker.call("serve", timeout_s=timeout_s, arrivals_s=list(arrivals_s)))
 

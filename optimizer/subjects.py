@@ -6,6 +6,8 @@ of the job.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from perwatt import datasets, registry
-from perwatt import recipe as recipes
 from perwatt.artifact import Artifact
 from perwatt.bundle import digest_of, is_bundle, open_bundle
 from perwatt.contract import OperatingPoint, Scenario
@@ -68,7 +69,10 @@ class Subject:
     def digest(self) -> str | None:
         """SHA-256 of the model's files as they are deployed."""
         where = self.path / self.target if self.kind == "bundle" else self.path
-        return digest_of(where) if where.exists() else None
+        if where.is_dir():
+            return digest_of(where)
+        found = [digest_of(file) for file in _with_weights(where)]
+        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
     def close(self) -> None:
         """End its processes."""
@@ -106,8 +110,14 @@ def open_subject(
     return subject
 
 
+def _with_weights(path: Path) -> list[Path]:
+    """A model file, and those beside it that hold its weights: `net.xml` and `net.bin`, `net.onnx` and `net.onnx.data`."""
+    beside = [path.with_suffix(".bin"), path.with_suffix(".data"), path.with_name(path.name + ".data")]
+    return [path, *sorted({file for file in beside if file != path and file.is_file()})]
+
+
 def _replicas(path: Path, most: int) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files = _with_weights(path) if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return most if MEMORY_FACTOR * size * 2 * most < memory else 1
@@ -132,17 +142,37 @@ def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) 
     facts = _check_target(target, checks)
     if not (path / target).is_dir():
         raise InputError(f"the bundle {path} is damaged: it has no folder {target}", fix="make it anew")
-    recipe = recipes.parse(recipes.load(path / "recipe.yaml"), str(path / "recipe.yaml"))
-    # Its own data and the preprocessing in its graph, unless the command names other data.
-    if any(options.get(name) is not None for name in DATA_OPTIONS):
-        recipe = recipe.model_copy(update={"data": options_recipe(path, _only(options, DATA_OPTIONS)).data})
+    # Its own data, read in its own way, but for what the command says otherwise.
+    recipe = build_recipe(path / "recipe.yaml", **_only(options, DATA_OPTIONS))
+    recipe, notes = _without_code(recipe, options)
     point = _at(OperatingPoint(**program["operating_point"]), options)
     tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else None
     subject = Subject(
         label, path, "bundle", target, facts["device"], bundle.signature, point, recipe, tokenizer=tokenizer,
-        artifact=Artifact(path=path / "model.onnx", signature=bundle.signature),
+        artifact=Artifact(path=path / "model.onnx", signature=bundle.signature), label2id=_label2id(tokenizer), notes=notes,
     )  # fmt: skip
     return subject, "load", {"folder": str(path / target), "signature": asdict(bundle.signature)}
+
+
+def _without_code(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """A bundle may come from anywhere: Python files that its recipe names are run only where the command says so."""
+    data = recipe.data
+    named = {name: getattr(data, name) for name in ("all", "calibrate", "eval", "train", "metric")}
+    said = {str(options[name]) for name in ("data", "eval", "train", "metric") if options.get(name) is not None}
+    code = {name: value for name, value in named.items() if value and ".py:" in value and value not in said}
+    if not code or options.get("trust"):
+        return recipe, []
+    note = f"its recipe's {next(iter(code.values()))} is Python and is not run: name it on the command line, or --trust"
+    return recipe.model_copy(update={"data": data.model_copy(update=dict.fromkeys(code))}), [note]
+
+
+def _label2id(tokenizer: Path | None) -> dict[str, int] | None:
+    """How a Hugging Face model numbers its classes, from the configuration that travelled with its tokenizer."""
+    try:
+        found = json.loads((tokenizer / "config.json").read_text()).get("label2id") if tokenizer is not None else None
+    except (OSError, ValueError, AttributeError):
+        return None
+    return {str(name): int(number) for name, number in found.items()} if isinstance(found, dict) else None
 
 
 def _owner(path: Path) -> str | None:
@@ -202,9 +232,17 @@ def _at(point: OperatingPoint, options: Mapping[str, Any]) -> OperatingPoint:
 def load(subjects: Sequence[Subject]) -> None:
     """Make every process ready; two at a time. Raises what the first that fails raises."""
     sides = [side for subject in subjects for side in subject.replicas]
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    pool = ThreadPoolExecutor(max_workers=2)
+    try:
         for done in [pool.submit(side.load) for side in sides]:
             done.result()
+    except BaseException:
+        # Nobody waits for what is still loading.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for side in sides:
+            side.worker.kill()
+        raise
+    pool.shutdown()
 
 
 # Samples --------------------------------------------------------------------------------------------------------
@@ -222,36 +260,59 @@ def give_samples(subjects: Sequence[Subject], folder: Path, seed: int) -> str:
         if same is not None:
             subject.roles, subject.samples = same.roles, same.samples
             continue
-        if not _names_data(subject.recipe.data) and _names_data(first.recipe.data):
-            data = {"data": first.recipe.data, "inputs": first.recipe.inputs}
-            subject.recipe = subject.recipe.model_copy(update=data)
-        found, said = _timing_samples(subject, seed)
+        found, said = _borrowed(subject, first, seed) if number else _timing_samples(subject, seed)
         words = words or said
         subject.samples = found.save(folder / f"samples-{number}")
     return words
 
 
 def _same_inputs(a: Subject, b: Subject) -> bool:
-    data = not _names_data(b.recipe.data) or (a.recipe.data == b.recipe.data and a.recipe.inputs == b.recipe.inputs)
-    return data and a.signature.inputs == b.signature.inputs
+    data = not names_data(b.recipe.data) or (a.recipe.data == b.recipe.data and a.recipe.inputs == b.recipe.inputs)
+    return data and a.signature.inputs == b.signature.inputs and a.label2id == b.label2id and _same_tokenizer(a, b)
 
 
-def _names_data(data: DataSection) -> bool:
+def _same_tokenizer(a: Subject, b: Subject) -> bool:
+    if a.tokenizer is None or b.tokenizer is None:
+        return a.tokenizer is b.tokenizer
+    return digest_of(a.tokenizer) == digest_of(b.tokenizer)
+
+
+def _borrowed(subject: Subject, first: Subject, seed: int) -> tuple[Samples, str]:
+    """The subject's own samples, else those of the first one where they fit."""
+    own = subject.recipe
+    if names_data(own.data) or not names_data(first.recipe.data):
+        return _timing_samples(subject, seed)
+    subject.recipe = own.model_copy(update={"data": first.recipe.data, "inputs": first.recipe.inputs})
+    try:
+        return _timing_samples(subject, seed)
+    except InputError as error:
+        subject.recipe = own
+        subject.notes.append(f"the data of {first.label} don't fit it ({error.message}): inputs are made up")
+        return _timing_samples(subject, seed)
+
+
+def names_data(data: DataSection) -> bool:
+    """Whether any samples are named."""
     return any((data.all, data.calibrate, data.eval, data.train))
 
 
 def _timing_samples(subject: Subject, seed: int) -> tuple[Samples, str]:
     data = subject.recipe.data
-    if _names_data(data):
-        missing = [w for w in (data.all, data.calibrate, data.eval, data.train) if w and not _is_there(w)]
+    if data.eval:
+        # Nothing is calibrated or learnt here, so all of `eval` judges. A set that served everything is split as it was
+        # when the bundle was made, so that what calibrated does not judge.
+        data = data.model_copy(update={"calibrate": data.eval, "train": None})
+    if names_data(data):
+        missing = [w for w in (data.all, data.eval, data.calibrate, data.train) if w and not _is_there(w)]
         if missing:
             subject.notes.append(f"{missing[0]}, which its recipe names, is not here: inputs are made up")
         else:
             subject.roles = datasets.open_roles(
                 data, subject.signature, raw_inputs=subject.recipe.inputs, tokenizer=subject.tokenizer,
-                label2id=subject.label2id, seed=seed,
+                label2id=subject.label2id, seed=subject.recipe.seed,
             )  # fmt: skip
             roles = subject.roles
+            subject.notes.extend(roles.notes)
             real = roles.select or roles.confirm or roles.calibrate or roles.learn
             if real is not None:
                 return real.without_labels(), f"samples from {data.eval or data.all or data.calibrate or data.train}"

@@ -49,7 +49,7 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
     """Show `report` of the bundle at `bundle`; `verbose` adds candidates, drift, settings, data and versions.
 
     The last line is the report's last word where it has one."""
-    out = _Out(console)
+    out = Output(console)
     out.line(words.headline(report), HEADLINE_STYLES[report.outcome])
     if report.outcome == "optimized":
         out.line(plain(report.reason))
@@ -78,7 +78,7 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
         out.whole(plain(report.last_word), "bold")
 
 
-class _Out:
+class Output:
     """A console that takes hostile names as they are, and speaks ASCII where nothing else can be shown."""
 
     def __init__(self, console: Console | None) -> None:
@@ -102,15 +102,15 @@ class _Out:
 
     def line(self, text: str, style: str = "") -> None:
         """A line of prose, wrapped at words."""
-        self.show(_text(text, style))
+        self.show(as_text(text, style))
 
     def whole(self, text: str, style: str = "") -> None:
         """A line that is not to be broken where it is read by a program or copied: a path, a command."""
-        self.show(_text(text, style), soft_wrap=not self.console.is_terminal)
+        self.show(as_text(text, style), soft_wrap=not self.console.is_terminal)
 
     def gap(self) -> None:
         """An empty line."""
-        self.show(_text(""))
+        self.show(as_text(""))
 
     def section(self, title: str, said: Iterable[str]) -> None:
         """A title with its lines beside it; nothing where there are none."""
@@ -119,11 +119,11 @@ class _Out:
             return
         grid = _grid((11, 0))
         for index, row in enumerate(rows):
-            grid.add_row(_text(title if index == 0 else "", "bold"), _text(row))
+            grid.add_row(as_text(title if index == 0 else "", "bold"), as_text(row))
         self.show(grid)
 
 
-def _text(text: str, style: str = "") -> Text:
+def as_text(text: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(text, style=style)
@@ -140,17 +140,17 @@ def _grid(widths: tuple[int, ...]) -> Table:
 
 
 def _figures(report: Report, wide: bool) -> Table:
-    table = _table("", "before", "after", "ratio [95 % interval]", "")
+    table = new_table("", "before", "after", "ratio [95 % interval]", "")
     for row in figures.lines(report):
         style = STYLES.get(row.verdict, "")
         ratio = f"{row.ratio} {row.interval}".strip()
         lead = "bold" if table.row_count == 0 else ""
         table.add_row(
-            _text(_label(row, wide), lead),
-            _text(row.before),
-            _text(row.after, lead),
-            _text(ratio, style),
-            _text(row.verdict, style),
+            as_text(_label(row, wide), lead),
+            as_text(row.before),
+            as_text(row.after, lead),
+            as_text(ratio, style),
+            as_text(row.verdict, style),
         )
     return table
 
@@ -163,7 +163,7 @@ def _label(row: figures.Line, wide: bool) -> str:
     return in_one_line if wide or len(in_one_line) <= LABEL_WIDTH else f"{row.label}\n({row.note})"
 
 
-def _table(*titles: str) -> Table:
+def new_table(*titles: str) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -179,9 +179,9 @@ def _ledger(passes: list[PassReport], unit: str, verbose: bool) -> Table:
     for row in passes:
         symbol = words.SYMBOLS[row.status]
         text = words.pass_words(row, every_change=verbose, unit=unit)
-        grid.add_row(_text(symbol, STYLES[symbol]), _text(plain(row.name), "bold"), _text(text))
+        grid.add_row(as_text(symbol, STYLES[symbol]), as_text(plain(row.name), "bold"), as_text(text))
         if verbose:
-            grid.add_row("", "", _text(_pass_details(row), "dim"))
+            grid.add_row("", "", as_text(_pass_details(row), "dim"))
     if not passes:
         grid.add_row("–", "", "no passes were run")
     return grid
@@ -198,7 +198,7 @@ def _pass_details(row: PassReport) -> str:
     return " · ".join(said)
 
 
-def _details(out: _Out, report: Report) -> None:
+def _details(out: Output, report: Report) -> None:
     unit = words.drop_unit(report)
     out.section(
         "Candidates",
@@ -212,7 +212,7 @@ def _details(out: _Out, report: Report) -> None:
     out.section("Run", [", ".join(run)])
 
 
-def _deployment(out: _Out, report: Report, bundle: Path) -> None:
+def _deployment(out: Output, report: Report, bundle: Path) -> None:
     in_python, alone = words.deploy_words(bundle)
     kept = " (the best so far)" if report.outcome == "budget_not_met" else ""
     out.whole(f"Bundle{kept}: {plain(bundle)}")
@@ -227,7 +227,7 @@ def print_difference(a: Report, b: Report, names: tuple[str, str], console: Cons
     """Show what differs between two reports; `names` are how the two are called.
 
     Figures of two runs were not interleaved: their ratios carry no interval, and the text says so."""
-    out = _Out(console)
+    out = Output(console)
     out.line(f"{plain(names[0])} (A) and {plain(names[1])} (B)", "bold")
     out.gap()
     facts = [(label, one, two) for label, one, two in _facts(a, b) if one != two]
@@ -304,14 +304,14 @@ def _two_sided(facts: list[tuple[str, str, str]]) -> Table:
     for title in ("differs", "A", "B"):
         table.add_column(title, overflow="fold")
     for row in facts:
-        table.add_row(*map(_text, row))
+        table.add_row(*map(as_text, row))
     return table
 
 
 def _figures_of_two(a: Report, b: Report) -> Table:
-    table = _table("", "A", "B", "B ÷ A", "")
+    table = new_table("", "A", "B", "B ÷ A", "")
     for row in figures.lines_of_two(a, b):
         style = STYLES.get(row.verdict, "")
-        shown = map(_text, (row.label, row.before, row.after))
-        table.add_row(*shown, _text(row.ratio, style), _text(row.verdict, style))
+        shown = map(as_text, (row.label, row.before, row.after))
+        table.add_row(*shown, as_text(row.ratio, style), as_text(row.verdict, style))
     return table

@@ -22,26 +22,17 @@ from typing import Any
 
 import numpy as np
 
+from perwatt import worker_load
 from perwatt.artifact import Artifact, signature_from_json
-from perwatt.bench.machine import ticks
-from perwatt.bench.probe import aligned
 from perwatt.bench.steadiness import warm_up
 from perwatt.bundle import no_room
-from perwatt.contract import Capabilities, Context, OperatingPoint, Program, QuantizationStyle, as_calls, cpu_seconds
+from perwatt.contract import Capabilities, Context, OperatingPoint, Program, QuantizationStyle
 from perwatt.data import Samples
 from perwatt.errors import BackendError, InputError, PerwattError
 from perwatt.measurement import Window
 from perwatt.signature import Batch
 
 WATCH_S = 0.5
-SETTLE_S = 1.0
-SETTLE_STEP_S = 0.0015
-LEAD_IN_S = 0.005
-"""Before each window, unmeasured: threads wake up, and caches that another process used are filled again."""
-LONGEST_LED_IN_S = 0.02
-"""A single call that takes longer needs no lead-in: what it would spare is a small part of it."""
-TIMED_ITEMS = 64
-TIMED_BYTES = 256_000_000
 
 
 class Session:
@@ -53,6 +44,7 @@ class Session:
         self.model: Path | None = None
         self.calls: list[Batch] = []
         self.call_s = 0.0
+        self.latencies_ms: list[float] = []
         self.probe_models: Any = None
 
     # Checking and reference -------------------------------------------------------------------------------------
@@ -184,10 +176,9 @@ class Session:
         """Take the calls for timing from `samples`, and run them until the cost of a call is steady: for `warm_up_s` at
         least and, where it does not become so, `most_s` at most."""
         program = self._program()
-        self.calls = _timed_calls(program, Samples.load(Path(samples)))
+        self.calls = worker_load.timed_calls(program, Samples.load(Path(samples)))
         program.drive(self.calls, 0.0)
-        for call in self.calls:
-            program.call(call)
+        worker_load.run_each(program, self.calls, max(warm_up_s, most_s or 0.0))
         single = program.drive(self.calls, 0.0)
         self.call_s = single.wall_s / len(single.latencies_ms)
 
@@ -198,31 +189,35 @@ class Session:
         warmed = warm_up(slice_cost, min_s=warm_up_s, max_s=max(warm_up_s, most_s or warm_up_s))
         return {"calls": len(self.calls), **warmed}
 
-    def drive(self, seconds: float) -> dict[str, Any]:
-        """One window of load at the program's scenario."""
+    def drive(self, seconds: float, hold: bool = False) -> dict[str, Any]:
+        """One window of load at the program's scenario. With `hold` the latencies are kept until they are asked for."""
         program = self._program()
-        if self.call_s < LONGEST_LED_IN_S:
-            program.drive(self.calls, LEAD_IN_S)
-        window = _watched(lambda: program.drive(self.calls, seconds))
+        if self.call_s < worker_load.LONGEST_LED_IN_S:
+            program.drive(self.calls, worker_load.LEAD_IN_S)
+        window = worker_load.watched(lambda: program.drive(self.calls, seconds))
         # The next window goes on where this one ended: windows that always began with the same few calls would time
         # those alone, and a faster program another mix of them than a slower one.
         done = len(window.latencies_ms) % len(self.calls)
         self.calls = self.calls[done:] + self.calls[:done]
-        return asdict(window)
+        return self._held(window) if hold else asdict(window)
 
     def serve(self, arrivals_s: Sequence[float]) -> dict[str, Any]:
-        """One window of requests that come by themselves, at the given times after its start."""
+        """One window of requests that come by themselves, at the given times after its start; latencies are held."""
         program = self._program()
-        return asdict(_watched(lambda: program.serve(self.calls, arrivals_s)))
+        return self._held(worker_load.watched(lambda: program.serve(self.calls, arrivals_s)))
+
+    def _held(self, window: Window) -> dict[str, Any]:
+        """The window without its latencies: sending many takes time, which a meter would count as the model's."""
+        self.latencies_ms, window.latencies_ms = window.latencies_ms, []
+        return asdict(window)
+
+    def latencies(self) -> dict[str, Any]:
+        """Those of the last window that was held."""
+        return {"latencies_ms": self.latencies_ms}
 
     def settle(self) -> dict[str, Any]:
         """Wait until this process is idle: a thread pool may spin for a while, and would disturb the other side."""
-        until = time.perf_counter() + SETTLE_S
-        while time.perf_counter() < until:
-            before = cpu_seconds()
-            time.sleep(SETTLE_STEP_S)
-            if cpu_seconds() - before < SETTLE_STEP_S / 5:
-                break
+        worker_load.settle()
         return {}
 
     def probe(self) -> dict[str, Any]:
@@ -290,35 +285,6 @@ def _execute(artifact: Artifact, batches: Samples, taps: Sequence[str], folder: 
 
 def _not_here() -> list[float]:
     raise BackendError("an isolated pass can't measure: measuring wants a worker for each side")
-
-
-def _timed_calls(program: Program, samples: Samples) -> list[Batch]:
-    """Calls of the program's own size, enough for variety and few enough for memory, in mixed order."""
-    drawn = samples.take(max(TIMED_ITEMS, program.batch_size or 1))
-    calls: list[Batch] = []
-    size = 0
-    for call in as_calls(program.signature, list(drawn), program.batch_size or 1):
-        size += sum(array.nbytes for array in call.values())
-        if calls and size > TIMED_BYTES:
-            break
-        # Where NumPy's memory begins differs from process to process, and matrix units care: up to 1.7× in bf16.
-        calls.append({name: aligned(array) for name, array in call.items()})
-    # Calls come grouped by shape; in traffic they do not.
-    np.random.default_rng(0).shuffle(calls)
-    return calls
-
-
-def _watched(load: Callable[[], Window]) -> Window:
-    """A window with what the hypervisor took and other processes used meanwhile."""
-    before = ticks()
-    window = load()
-    after = ticks()
-    if before is not None and after is not None:
-        passed = after.since(before)
-        window.steal_s = passed.steal_s
-        # Below zero where the ticks are coarser than the window; over many windows that evens out.
-        window.other_cpu_s = passed.busy_s - window.cpu_s
-    return window
 
 
 def _status_bytes(field: str) -> int | None:

@@ -9,7 +9,8 @@ Writes `bench/results/gate.json` and the table in `docs/gate.md`; ends with 1 wh
   may fail, 8 s each.
 - **power**: 100 gates against the same network with one more residual block and a 1×1 convolution (about 10 % slower: the
   truth is measured for itself); at least 95 failed or inconclusive, at least 80 failed, 20 s each.
-- **threads**: the same bundle with one thread instead of two, judged by throughput.
+- **threads**: the same bundle with two threads instead of one, judged by throughput: where two virtual CPUs are threads of
+  one core, the second costs more than it brings.
 
 The rules that others use are judged on the same samples: one ratio of means against the threshold, as
 github-action-benchmark does; and Mann-Whitney's test with a factor, as asv compares (p < 0.002).
@@ -45,9 +46,10 @@ BY_CPU = {"limits": {"cpu_s_per_inference": {"max_increase": LIMIT}}}
 BY_THROUGHPUT = {"limits": {"throughput_per_s": {"max_decrease": LIMIT}}}
 
 BUSY = """
-import random, sys, time
+import os, random, sys, time
 random.seed(int(sys.argv[1]))
-while True:
+parent = os.getppid()
+while os.getppid() == parent:
     until = time.perf_counter() + random.uniform(0.1, 1.5)
     while time.perf_counter() < until:
         pass
@@ -142,9 +144,9 @@ def mann_whitney(base: list[float], head: list[float], worse: int) -> bool:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "false-alarms": {"head": "same", "limits": BY_CPU, "time_s": 2.8, "gates": 200, "noisy": True, "seconds": 8.0},
+    "false-alarms": {"head": "same", "limits": BY_CPU, "time_s": 2.0, "gates": 200, "noisy": True, "seconds": 8.0},
     "power": {"head": "slower", "limits": BY_CPU, "time_s": 6.0, "gates": 100, "noisy": False, "seconds": 20.0},
-    "threads": {"head": "one-thread", "limits": BY_THROUGHPUT, "time_s": 4.0, "gates": 20, "noisy": False,
+    "threads": {"base": "one-thread", "head": "same", "limits": BY_THROUGHPUT, "time_s": 4.0, "gates": 20, "noisy": False,
                 "seconds": 20.0},
     "truth": {"head": "slower", "limits": BY_CPU, "time_s": 90.0, "gates": 1, "noisy": False, "seconds": 120.0},
 }  # fmt: skip
@@ -161,7 +163,7 @@ def run(kind: str, gates: int, made: dict[str, Path]) -> None:
     done = sum(1 for line in lines() if line["kind"] == kind)
     for number in range(done, gates):
         seed = random.Random(f"{kind}-{number}").randrange(1 << 30)
-        arguments = (made["base"], made[facts["head"]], facts["limits"], facts["time_s"], seed)
+        arguments = (made[facts.get("base", "base")], made[facts["head"]], facts["limits"], facts["time_s"], seed)
         if facts["noisy"]:
             with busy_loop(seed):
                 found = one_gate(*arguments)
@@ -219,7 +221,7 @@ def write(found: dict[str, dict[str, Any]]) -> None:
     words = {
         "false-alarms": "a model against itself, a busy loop on the other core coming and going",
         "power": "one more residual block and a 1×1 convolution",
-        "threads": "one thread instead of two (throughput)",
+        "threads": "two threads instead of one (throughput)",
         "truth": "the same head, measured for 90 s",
     }
     rows = [

@@ -48,8 +48,10 @@ def test_what_was_not_measured_is_inconclusive_and_what_is_exact_needs_no_interv
     assert judged(None, None, None) == ("inconclusive", "unknown")
     assert judged(0.0, None, None) == ("inconclusive", "unknown")
     assert judged(math.nan, None, None) == ("inconclusive", "unknown")
-    assert judged(1.2, None, None) == ("fail", "beyond")
-    assert judged(1.01, None, None) == ("pass", "within")
+    assert judged(1.2, None, None) == ("inconclusive", "alone"), "one observation tells nothing of its spread"
+    assert judged(1.2, 1.1, None) == ("inconclusive", "alone")
+    for value, verdict in ((1.2, "fail"), (1.01, "pass")):
+        assert decide(Ratio(value), 1.05, "at most", 0.0, log_ratio(value), exact=True).verdict == verdict
 
 
 @given(st.floats(0.2, 5), st.floats(1.001, 2), st.floats(1.01, 1.5), st.floats(0, 0.5))

@@ -108,6 +108,7 @@ def test_instruction_sets_of_a_synthetic_arm_processor(tmp_path):
 
 
 def driver(tmp_path, monkeypatch, script):
+    gpu_names.cache_clear()
     folder = tmp_path / "driver"
     folder.mkdir()
     tool = folder / "nvidia-smi"

@@ -146,6 +146,33 @@ def test_the_processor_is_read_from_what_linux_says(monkeypatch, tmp_path):
 def test_the_size_is_read_from_what_linux_says(monkeypatch, tmp_path, cpuinfo, meminfo, size):
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     (tmp_path / "meminfo").write_text(meminfo)
-    monkeypatch.setattr(modelled, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
-    monkeypatch.setattr(modelled.os, "cpu_count", lambda: 8)
+    says(monkeypatch, tmp_path, allowed=8, limit=None)
     assert modelled.this_size.__wrapped__() == size
+
+
+def says(monkeypatch, tmp_path, *, allowed, limit):
+    """Linux shows 8 CPUs, the files of `tmp_path`, and a container's limits."""
+    monkeypatch.setattr(modelled, "Path", lambda path: tmp_path / path.rpartition("/")[2])
+    monkeypatch.setattr(modelled.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(modelled.machine, "cpus_allowed", lambda: allowed)
+    monkeypatch.setattr(modelled.machine, "cpu_limit", lambda: limit)
+
+
+@pytest.mark.parametrize(("allowed", "limit", "cores"), [(2, None, 2.0), (8, 1.5, 1.5), (None, None, 8.0)])
+def test_a_container_is_charged_for_what_it_may_use(monkeypatch, tmp_path, allowed, limit, cores):
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n")
+    (tmp_path / "meminfo").write_text("MemTotal:       16777216 kB\n")
+    (tmp_path / "memory.max").write_text(f"{2 * 2**30}\n")
+    says(monkeypatch, tmp_path, allowed=allowed, limit=limit)
+    assert modelled.this_size.__wrapped__() == Size(cores, 2.0)
+
+
+def test_arm_processors_are_told_apart(monkeypatch, tmp_path):
+    text = "processor\t: 0\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd0c\nCPU revision\t: 1\n"
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(modelled, "Path", lambda _: tmp_path / "cpuinfo")
+    one = modelled.this_processor.__wrapped__()
+    (tmp_path / "cpuinfo").write_text(text.replace("0xd0c", "0xd40"))
+    other = modelled.this_processor.__wrapped__()
+    assert one.vendor == other.vendor == "0x41"
+    assert "0xd0c" in one.name and one != other

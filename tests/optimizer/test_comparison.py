@@ -88,6 +88,22 @@ def test_two_processes_of_one_model_give_the_noise_floor():
     assert noise_floor("cpu_s_per_inference", alone) is None
 
 
+def test_without_a_noise_floor_or_an_interval_nothing_fails():
+    by_cpu = {"cpu_s_per_inference": {"max_increase": "5%"}}
+    base, head = subject(1.0, 1), subject(1.5, 2)
+    one_process = compare(base, head, "modelled", "package", two_processes=False)
+    check = checks(one_process, **by_cpu)[0]
+    assert check.verdict == "inconclusive" and "noise is not known" in check.reason
+    assert (
+        checks(compare(base, subject(1.0, 2), "modelled", "package", two_processes=False), **by_cpu)[0].verdict
+        == "pass"
+    )
+    one_block = compared(Blocks(base.short[:1], base.energy[:1]), Blocks(head.short[:1], head.energy[:1]))
+    check = checks(one_block, **by_cpu)[0]
+    assert check.verdict == "inconclusive" and "too few blocks" in check.reason
+    assert checks(one_block, throughput_per_s={"min": 1e9})[0].verdict == "inconclusive"
+
+
 def test_latency_percentiles_are_over_all_calls():
     slow = subject(1.0, 1, noise=0.0)
     for block in slow.short[:10]:
@@ -164,6 +180,8 @@ def test_accuracy_is_judged_on_budget_and_flips():
     assert checks({}, accuracy(0.4), **asked)[0].verdict == "pass"
     assert checks({}, accuracy(0.8), **asked)[0].verdict == "fail"
     assert checks({}, accuracy(0.8, 20, 12, 0.2), **asked)[0].verdict == "inconclusive"
+    broken = judge(limits(**asked), {}, None, "not finite", "fail")[0]
+    assert (broken.verdict, broken.reason) == ("fail", "not finite")
     none = checks({}, None, **asked)[0]
     assert (none.verdict, none.reason) == ("inconclusive", "no labels")
     assert checks({}, accuracy(0.4), accuracy={"min": "89%"})[0].verdict == "pass"

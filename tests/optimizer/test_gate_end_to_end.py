@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -20,7 +21,18 @@ from perwatt.limits import GateFile
 
 sys.path.insert(0, str(Path(__file__).parent))
 from queues import highest_load
-from runs import assert_one_line_error, conv_net, files_in, optimize, put_net
+from runs import (
+    assert_one_line_error,
+    command,
+    conv_net,
+    environment,
+    files_in,
+    gone,
+    optimize,
+    put_net,
+    until,
+    workers_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -132,6 +144,78 @@ def test_default_limits_leave_accuracy_out_where_there_are_no_samples_scripted_c
     assert any("accuracy is not judged" in note for note in report.notes)
 
 
+def test_agreement_with_the_base_is_no_accuracy_scripted_costs(here: Path) -> None:
+    """A head that answers otherwise may answer better: without labels that is nobody's fault."""
+    with_noise(here, 3.0, "other.onnx")
+    with np.load("samples.npz") as archive:
+        np.savez("unlabelled.npz", x=archive["x"])
+    report = perwatt.gate("net.onnx", "other.onnx", data="unlabelled.npz", **NULL)
+    assert (report.verdict, report.accuracy) == ("pass", None)
+    asked = perwatt.gate("net.onnx", "other.onnx", data="unlabelled.npz", metric="agreement", **NULL)
+    assert asked.accuracy is not None and asked.accuracy.drop > 0
+
+
+def test_outputs_that_are_no_numbers_fail_scripted_costs(here: Path) -> None:
+    with_noise(here, float("nan"), "broken.onnx")
+    with np.load("samples.npz") as archive:
+        np.savez(
+            "targets.npz", x=archive["x"], labels=np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)
+        )
+    asked = {"limits": {"accuracy": {"max_drop": 0.5}}}
+    report = gated("net.onnx", "broken.onnx", asked, eval="targets.npz", metric="mse")
+    assert report.verdict == "fail" and "not finite" in report.reason
+    json.loads(report.model_dump_json())
+
+
+def test_data_that_a_bundle_names_and_that_is_gone_is_no_pass_scripted_costs(here: Path) -> None:
+    perwatt.optimize("net.onnx", target="null", data="samples.npz", out="bundle", passes="fold-batchnorm")
+    (here / "samples.npz").rename(here / "elsewhere.npz")
+    report = perwatt.gate("bundle", "bundle", time_s=0.3)
+    assert report.verdict == "inconclusive"
+    assert any("samples.npz" in note for note in report.base.notes)
+    found = perwatt.gate("bundle", "bundle", time_s=0.3, eval="elsewhere.npz", seed=4)
+    assert found.verdict == "pass"
+    assert found.accuracy is not None and found.accuracy.n == 200, "all of --eval judges: nothing is calibrated here"
+
+
+def test_python_that_a_bundle_names_is_not_run_unasked(here: Path) -> None:
+    (here / "samples.py").write_text(
+        "from pathlib import Path\nimport numpy as np\n"
+        "def given():\n    Path('ran').touch()\n    yield np.zeros((8, 1, 8, 8), np.float32), np.zeros(8, np.int64)\n"
+    )
+    perwatt.optimize("net.onnx", target="null", out="bundle", passes="fold-batchnorm")
+    recipe = here / "bundle" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("eval: null", "eval: samples.py:given"))
+    report = gated("bundle", "bundle", target=None)
+    assert not (here / "ran").exists()
+    assert any("samples.py" in note for note in report.head.notes)
+    gated("bundle", "bundle", target=None, trust=True)
+    assert (here / "ran").exists()
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--verbose",)])
+def test_a_reader_that_leaves_changes_no_verdict_scripted_costs(here: Path, flags) -> None:
+    """`optimize gate … | true`, with the exit code of the gate."""
+    line = ["gate", "--base", "net.onnx", "--target", "null", "--time", "0.2s", "--no-history", *flags]
+    (here / "gate.yaml").write_text(json.dumps(BY_CPU))
+    for head, code in (("slower.onnx", 1), ("net.onnx", 0)):
+        process = subprocess.Popen(
+            command(*line, "--head", head, "--limits", "gate.yaml"), cwd=here, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=environment(),
+        )  # fmt: skip
+        process.stdout.close()
+        assert process.wait(timeout=120) == code
+
+
+def test_a_gate_that_is_cancelled_leaves_no_worker(here: Path) -> None:
+    line = command("gate", "--base", "net.onnx", "--head", "net.onnx", "--target", "null", "--time", "60s")
+    process = subprocess.Popen(line, cwd=here, stderr=subprocess.PIPE, env={**environment(), "MARK": str(here)})
+    workers = until(lambda: len(found := workers_of(str(here))) >= 5 and found)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert gone(workers)
+
+
 def test_bundles_are_measured_on_the_data_that_their_recipes_name_scripted_costs(here: Path) -> None:
     perwatt.optimize("net.onnx", target="null", data="samples.npz", out="bundle", passes="fold-batchnorm")
     report = gated("bundle", "bundle", {"limits": {"accuracy": {"max_drop": 1}, **BY_CPU["limits"]}}, target=None)
@@ -215,6 +299,33 @@ def test_at_my_traffic_idle_time_counts_scripted_costs(here: Path) -> None:
     assert traffic["sustained"] is True
 
 
+def test_rare_requests_bear_their_idle_time_scripted_costs(here: Path, monkeypatch) -> None:
+    monkeypatch.setattr("perwatt.benching.TRAFFIC_MOST_S", 1.0)
+    report = perwatt.benchmark("net.onnx", rate_per_s=1 / 3600, meter="modelled", **NULL)
+    traffic = report.subjects[0].traffic
+    if traffic.idle_power_w.value is None:
+        pytest.skip("the power table does not know this processor")
+    assert traffic.energy_j_per_request.value == pytest.approx(3600 * traffic.idle_power_w.value, rel=0.01)
+    assert traffic.power_w.value == pytest.approx(traffic.idle_power_w.value, rel=0.01)
+
+
+def test_a_request_is_a_call_scripted_costs(here: Path) -> None:
+    """The null target takes any batch; a call of a fixed batch is one request all the same."""
+    model = onnx.load("net.onnx")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    onnx.save(model, "four.onnx")
+    report = perwatt.benchmark("four.onnx", rate_per_s=40.0, **NULL).subjects[0]
+    assert report.figures["throughput_per_s"].value == pytest.approx(4 * 1e3 / COST_MS)
+    assert report.traffic.requests == pytest.approx(40 * report.traffic.seconds, rel=0.02)
+
+
+def test_traffic_that_would_drown_it_is_not_tried_scripted_costs(here: Path) -> None:
+    report = perwatt.benchmark("net.onnx", rate_per_s=1e6, **NULL).subjects[0]
+    assert report.traffic is None
+    assert any("was not tried" in note for note in report.notes)
+
+
 def test_more_traffic_than_it_can_serve_is_not_sustained_scripted_costs(here: Path) -> None:
     report = perwatt.benchmark("net.onnx", rate_per_s=2 * 1e3 / COST_MS, **NULL)
     assert report.subjects[0].traffic.sustained is False
@@ -249,6 +360,9 @@ def test_openvinos_own_files_are_measured_as_they_are(here: Path) -> None:
         (("net.onnx", "--rate", "40/s", "--price", "cheap"), "no price"),
         (("net.onnx", "--price", "0.2EUR/kWh"), "--rate"),
         (("net.onnx", "--scenario", "server"), "--latency-bound"),
+        (("net.onnx", "--scenario", "server", "--latency-bound", "0ms"), "above 0"),
+        (("net.onnx", "--latency-bound", "20ms"), "--scenario server"),
+        (("net.onnx", "--profile", "long", "--time", "5s"), "--profile long"),
         (("samples.npz",), "samples.npz"),
         ((), "MODELS"),
     ],

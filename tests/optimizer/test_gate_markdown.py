@@ -135,7 +135,9 @@ def test_every_table_parses_as_one_and_every_fold_is_closed(name: str) -> None:
 NASTY = [
     "a|b", "`code`", "<img src=x onerror=alert(1)>", "line\nbreak\n# heading", "[link](javascript:alert(1))", "*b* _i_ ~~s~~",
     "</details>", "<!-- x", "&lt;b&gt;", "![i](http://x)", "# heading", "- item", "1. item", "> quote", "---", "\\", "\\|",
-    "http://x [1, 2](y)", "[0.9, 1.1](http://x)", "/close", "| --- |", "$x$", "[x]: http://y", "[1, 2]: http://y", "x [1, 2]: y", "[1, 2][3, 4]", "+ a", "=", "a\\", "[^1]",
+    "http://x [1, 2](y)",
+    "[0.9, 1.1](http://x)", "/close", "| --- |", "$x$", "[x]: http://y",
+    "[1, 2]: http://y", "x [1, 2]: y", "[1, 2][3, 4]", "+ a", "=", "a\\", "[^1]",
 ]  # fmt: skip
 
 

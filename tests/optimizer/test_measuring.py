@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,13 @@ class LoggedSide:
     def window(self, seconds: float) -> Window:
         self.log.append(self.label)
         return Window(10, seconds, 10 * self.cpu_s, [seconds * 100] * 10)
+
+    def held_window(self, seconds: float) -> Window:
+        self.held = self.window(seconds)
+        return replace(self.held, latencies_ms=[])
+
+    def latencies_ms(self) -> list[float]:
+        return self.held.latencies_ms
 
     def settle(self) -> None:
         self.log.append("settled")
@@ -123,6 +131,7 @@ def test_a_counter_gets_windows_of_10_s_and_100_refreshes_scripted_meter(refresh
     assert side.windows[0].energy_j is None, "a short window tells nothing"
     run_energy_blocks([[side]], 2, conductor)
     assert [window.wall_s for window in side.energy_windows] == [wanted_s] * 4
+    assert all(window.latencies_ms for window in side.energy_windows), "fetched when the meter had been read"
     found = figures(side.windows, side.energy_windows)
     assert found["power_w"] == pytest.approx(10.0)
     assert found["throughput_per_s"] == pytest.approx(10 / 0.05), "time comes from the short ones"
