@@ -156,7 +156,7 @@ class _Search:
         if self.fastest_ms > self.bound_ms:
             reason = f"the fastest of all requests took {self.fastest_ms:.3g} ms, and {self.bound_ms:g} ms are allowed"
         else:
-            reason = f"even {self.tries[-1].rate_per_s:.3g} requests a second were not answered in time"
+            reason = f"even {_shown(self.tries[-1].rate_per_s)} requests a second were not answered in time"
         return Capacity(None, self.bound_ms, self.share, reason, self.tries)
 
     def confirmed(self, low: float, high: float | None, precision: float) -> Capacity:
@@ -171,8 +171,12 @@ class _Search:
 
     def _told(self, rate: float, high: float | None) -> str:
         if high is None:
-            return f"{rate:.4g}/s held in a longer run; higher rates were not tried, for want of tries"
-        return f"{rate:.4g}/s held in a longer run, {high:.4g}/s did not hold"
+            return f"{_shown(rate)}/s held in a longer run; higher rates were not tried, for want of tries"
+        return f"{_shown(rate)}/s held in a longer run, {_shown(high)}/s did not hold"
+
+
+def _shown(rate_per_s: float) -> str:
+    return f"{rate_per_s:,.0f}" if rate_per_s >= 1000 else f"{rate_per_s:.3g}"
 
 
 def judged(rate_per_s: float, windows: Sequence[Window], bound_ms: float, share: float) -> Try:

@@ -145,7 +145,7 @@ class Modelled(Meter):
             }  # fmt: skip
         return {
             "method": self.method, "boundary": self.boundary, "how": self._how(self.row), "source": self._sources(self.row),
-            "uncertainty": self._uncertainty(self.row), "refresh_s": None,
+            "uncertainty": self._uncertainty(self.row), "uncertainty_factor": self._factor(self.row), "refresh_s": None,
             "watts": {
                 "busy_core": round(self.busy_core_w, 3), "idle": round(self.idle_w, 3), "memory": round(self.memory_w, 3),
             },
@@ -166,6 +166,11 @@ class Modelled(Meter):
     def _sources(self, row: dict[str, Any]) -> str:
         parts = [f"{row['source']} ({row['year']})", whole_table()["package"]["source"]]
         return "; ".join([*parts, whole_table()["memory"]["source"]] if self.memory_w else parts)
+
+    def _factor(self, row: dict[str, Any]) -> float:
+        """The widest of any part: in a ratio of two sides much of it cancels, in joules it stands."""
+        parts = [row, whole_table()["package"], *([whole_table()["memory"]] if self.memory_w else [])]
+        return max(float(part["uncertainty_factor"]) for part in parts)
 
     def _uncertainty(self, row: dict[str, Any]) -> str:
         parts = [f"{row['uncertainty']} for a busy core", whole_table()["package"]["uncertainty"]]

@@ -39,8 +39,10 @@ FACTOR = 2.5
 """By how much the probes of one block may differ; `keep` says why."""
 RULE = (
     f"blocks whose probes differ by more than a factor of {FACTOR:g} (geometric mean over the types) are discarded, "
-    "unless they are more than half"
+    "unless they are more than half, or fewer than two would stay"
 )
+LEAST_KEPT = 2
+"""One block alone has no interval."""
 LOW_FRACTION, LOW_SHARE = 0.5, 0.05
 """Below which fraction of its peak a type is slow, and in which share of the probes it may be."""
 
@@ -161,8 +163,8 @@ def keep(blocks: Sequence[Sequence[Mapping[str, float]]], factor: float = FACTOR
 
     The rule: a block is discarded if its best and its worst probe differ by more than `factor` (in `figure`), for then
     the machine changed within the block, and windows that should be compared ran on different machines. Where that would
-    be more than half of the blocks, all are kept. What the windows measured has no part in it: discarding by outcome
-    would bias.
+    be more than half of the blocks, or leave fewer than two, all are kept. What the windows measured has no part in it:
+    discarding by outcome would bias.
 
     What it does, with two equal ResNet-20 (int8 and float, one and two streams) in ABBA blocks of 50 ms windows, 34 runs
     of about 115 blocks on a busy two-core machine: 2.5 discards 2 % of the blocks (0 to 6) and leaves the standard error
@@ -171,7 +173,8 @@ def keep(blocks: Sequence[Sequence[Mapping[str, float]]], factor: float = FACTOR
     0.5 or 1, gives × 1.00, 1.04 and 1.18 (at most 1.24, 1.36 and 1.67), because it adds the probe's own noise. ABBA order
     and a trimmed mean already take care of what the probe sees; the rule is for machines that jump by more."""
     kept = [not _changed(block, factor) for block in blocks]
-    return kept if 2 * sum(kept) >= len(kept) else [True] * len(kept)
+    enough = 2 * sum(kept) >= len(kept) and sum(kept) >= LEAST_KEPT
+    return kept if enough else [True] * len(kept)
 
 
 def disturbance(blocks: Sequence[Sequence[Mapping[str, float]]], factor: float = FACTOR) -> list[str]:
@@ -188,7 +191,7 @@ def disturbance(blocks: Sequence[Sequence[Mapping[str, float]]], factor: float =
         if share > LOW_SHARE
     ]
     changed = sum(_changed(block, factor) for block in blocks)
-    if 2 * changed > len(blocks):
+    if changed and all(keep(blocks, factor)):
         reasons.append(
             f"the machine's speed changed by more than a factor of {factor:g} within {changed} of {len(blocks)} blocks; "
             "none was discarded"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,9 @@ import numpy as np
 from perwatt.errors import InputError
 
 JOULES_PER_KWH = 3.6e6
+LEAST_REQUESTS = {0.5: 10, 0.99: 100}
+"""So many requests at least, or a percentile is that of a few lucky or unlucky ones: with fewer than a hundred, the 99th is
+the slowest of all."""
 UNITS_S = {"s": 1.0, "min": 60.0, "h": 3600.0}
 SYMBOLS = {"€": "EUR", "$": "USD", "£": "GBP"}
 _NUMBER = r"([0-9]+\.?[0-9]*|\.[0-9]+)"
@@ -56,6 +60,14 @@ def poisson_arrivals(
         arrivals.append(due)
         due += gap() / rate_per_s
     return arrivals
+
+
+def known_percentile(latencies_ms: Sequence[float], share: float) -> float | None:
+    """A percentile (nearest rank) of what requests took, in ms; None where they are fewer than `LEAST_REQUESTS` of it."""
+    from perwatt.bench.statistics import percentile
+
+    least = LEAST_REQUESTS.get(share, math.ceil(1 / (1 - share)))
+    return percentile(latencies_ms, share) if len(latencies_ms) >= least else None
 
 
 def parse_rate(text: str | float) -> float:

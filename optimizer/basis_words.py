@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perwatt.figure_words import percent, values
-from perwatt.report_units import duration, number, plain
+from perwatt.figure_words import by_method, percent, values
+from perwatt.report_units import compact, duration, number, plain
 from perwatt.report_words import facts, value_words
 
 NEVER_DECIDE = "modelled joules never decide by themselves: CPU seconds per inference do"
@@ -68,6 +68,15 @@ def _is_number(value: Any) -> bool:
 # Joules -----------------------------------------------------------------------------------------------------------
 
 
+def uncertainty_words(energy: Mapping[str, Any]) -> str:
+    """How far a model of the machine's power may be off, in brief: the widest factor that it names of any of its parts.
+    Empty where joules are measured."""
+    if energy.get("method") != "modelled":
+        return ""
+    factor = energy.get("uncertainty_factor")
+    return f"uncertain by about a factor of {compact(factor)}" if _is_number(factor) else "how uncertain is not stated"
+
+
 def energy_words(energy: Mapping[str, Any], gross: str = "", above_idle: str = "", *, brief: bool = False) -> list[str]:
     """How the joules were come by: method and boundary; gross with the idle-subtracted beside it; idle state and policy;
     windows, refresh period, n; what the meter itself cost. `gross` and `above_idle` are joules per inference, as words;
@@ -75,7 +84,8 @@ def energy_words(energy: Mapping[str, Any], gross: str = "", above_idle: str = "
     method, how = energy.get("method") or "unavailable", plain(energy.get("how") or "no reason recorded")
     if method == "unavailable":
         return [f"unavailable: {how}"]
-    said = [f"{plain(method)}, boundary {plain(energy.get('boundary') or 'not stated')}: {how}"]
+    label = f"{plain(method)}, boundary {plain(energy.get('boundary') or 'not stated')}"
+    said = [f"{label} ({uncertainty_words(energy)}): {how}" if method == "modelled" else f"{label}: {how}"]
     if gross:
         beside = above_idle or "not measured"
         said.append(f"gross (idle power included, the headline): {gross} per inference; above idle: {beside}")
@@ -85,15 +95,16 @@ def energy_words(energy: Mapping[str, Any], gross: str = "", above_idle: str = "
         said.append(f"the meter itself: {_overhead_words(overhead)}")
     for key in ("uncertainty",) if brief else ("uncertainty", "source"):
         if energy.get(key):
-            said.append(f"{key}: {value_words(energy[key])}")
+            # One line for each clause: a model names the uncertainty and the source of each of its parts.
+            said += [f"{key}: {part}" for part in value_words(energy[key]).split("; ")]
     told = _SAID | {name for name in energy if brief and name not in ("missing", "rules")}
     said += named_facts({name: value for name, value in energy.items() if name not in told})
     return [*said, *([NEVER_DECIDE] if method == "modelled" else [])]
 
 
 _SAID = {
-    "method", "boundary", "how", "source", "uncertainty", "window_s", "refresh_s", "least_refreshes", "n", "idle_policy",
-    "idle_state", "idle_power_w", "meter_overhead",
+    "method", "boundary", "how", "source", "uncertainty", "uncertainty_factor", "window_s", "refresh_s", "least_refreshes",
+    "n", "idle_policy", "idle_state", "idle_power_w", "meter_overhead",
 }  # fmt: skip
 
 
@@ -102,7 +113,7 @@ def _idle_words(energy: Mapping[str, Any]) -> str:
     power, state, policy = (energy.get(key) for key in ("idle_power_w", "idle_state", "idle_policy"))
     said = []
     if state is not None or power is not None:
-        shown = values("W", [power])[0] if isinstance(power, int | float) else "power not measured"
+        [shown] = by_method("W", [(power, energy.get("method"))]) if _is_number(power) else ["power not measured"]
         said.append(f"idle: {shown}" + (f", {value_words(state)}" if state is not None else ""))
     if policy is not None:
         said.append(f"idle policy: {value_words(policy)}")
@@ -137,18 +148,74 @@ def _overhead_words(overhead: Any) -> str:
 
 
 def machine_words(machine: Mapping[str, Any]) -> list[str]:
-    """The machine in a line, then all its other facts as far as they could be read."""
+    """The machine in a line, then its other facts as far as they could be read, each in words."""
     found = _known(machine)
-    print_, facts_ = (found.pop(key, None) for key in ("fingerprint", "facts"))
-    print_ = dict(print_) if isinstance(print_, Mapping) else {}
+    print_, before, after = (_mapping(found.pop(key, None)) for key in ("fingerprint", "facts", "facts_after"))
     digest = found.pop("digest", None)
     line = [value_words(print_.pop("name"))] if "name" in print_ else []
     line += [f"{value_words(print_.pop('cpus'))} CPUs"] if "cpus" in print_ else []
     line += [f"{value_words(print_.pop('memory_gib'))} GiB"] if "memory_gib" in print_ else []
     line += [value_words(print_.pop("gpus"))] if "gpus" in print_ else []
     line += [f"fingerprint {value_words(digest)}"] if digest is not None else []
-    rest = [*named_facts(print_), *(named_facts(facts_) if isinstance(facts_, Mapping) else []), *named_facts(found)]
+    shares = [
+        f"{who} {percent(found.pop(key))} of the machine's CPU time in the windows"
+        for key, who in (("others_share", "other processes used"), ("steal_share", "the hypervisor took"))
+        if _is_number(found.get(key))
+    ]
+    if "isa" in print_:
+        print_["instruction_sets"] = print_.pop("isa")
+    # What the line says already is not said again.
+    again = {"processor", "cpus_online", "memory_bytes", *print_}
+    conditions = _condition_facts(
+        *({name: v for name, v in one.items() if name not in again} for one in (before, after))
+    )
+    rest = [*named_facts(print_), *conditions, *shares, *named_facts(found)]
     return [*([", ".join(line)] if line else []), *rest]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _condition_facts(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The machine's conditions before the windows, and what was different after them."""
+    said = []
+    for name, value in before.items():
+        later = after.get(name, value)
+        text = _condition_fact(name, value)
+        said.append(text if later == value else f"{text} before, {_condition_value(name, later)} after")
+    new = {name: value for name, value in after.items() if name not in before and name in _CONDITIONS}
+    return [*said, *(f"{_condition_fact(name, value)} after" for name, value in new.items())]
+
+
+_CONDITIONS = {
+    "governor": "frequency governor", "scaling_driver": "frequency driver", "frequency_mhz": "frequency",
+    "turbo": "turbo", "temperatures_c": "temperature", "throttle_count": "times throttled",
+    "cgroup_throttled": "throttled by the container's limit", "virtualised": "virtual machine",
+    "cpu_limit": "CPU limit of the container", "cpus_allowed": "CPUs allowed", "load_average": "load average",
+}  # fmt: skip
+
+
+def _condition_fact(name: str, value: Any) -> str:
+    return f"{_CONDITIONS.get(name, plain(name).replace('_', ' '))}: {_condition_value(name, value)}"
+
+
+def _condition_value(name: str, value: Any) -> str:
+    if name == "frequency_mhz" and isinstance(value, Mapping):
+        return _frequency_words(value)
+    if name == "temperatures_c" and isinstance(value, Mapping):
+        return ", ".join(f"{plain(what)} {value_words(one)} °C" for what, one in value.items())
+    return value_words(value)
+
+
+def _frequency_words(found: Mapping[str, Any]) -> str:
+    """The lowest and highest of all CPUs, what they may reach, and who says so."""
+    ends = [found[key] for key in ("lowest", "highest") if _is_number(found.get(key))]
+    said = [" to ".join(dict.fromkeys(f"{number(one)}" for one in ends)) + " MHz"] if ends else []
+    most = found.get("allowed_max") or found.get("max")
+    said += [f"at most {number(most)} MHz"] if _is_number(most) else []
+    source = f" ({plain(found['from'])})" if found.get("from") else ""
+    return ", ".join(said) + source if said else value_words(found)
 
 
 def flat_machine(machine: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -197,12 +264,11 @@ def measuring_words(measuring: Mapping[str, Any], *, brief: bool = False) -> lis
 
 
 def probe_words(probe: Any, *, brief: bool = False) -> str:
-    """What the processor's arithmetic units reached of their peak while measuring; empty where there was no probe."""
-    if not isinstance(probe, Mapping):
-        return "" if probe is None else f"probe: {value_words(probe)}"
-    shares = probe.get("fraction_of_peak")
-    if not isinstance(shares, Mapping):
-        return f"probe: {value_words(_known(probe))}" if _known(probe) else ""
+    """What the processor's arithmetic units reached of their peak while measuring; empty where there was no probe, or none
+    that says so."""
+    shares = probe.get("fraction_of_peak") if isinstance(probe, Mapping) else None
+    if not isinstance(probe, Mapping) or not isinstance(shares, Mapping):
+        return ""
     said = [_share_words(str(kind), share, probe.get("peak_tops")) for kind, share in shares.items()]
     if probe.get("n") is not None:
         said.append(f"n = {value_words(probe['n'])}")

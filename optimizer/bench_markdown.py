@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from perwatt import bench_words as words
 from perwatt import markdown as md
+from perwatt import served_words as served
 from perwatt.basis_words import condition_words, machine_words, measuring_words, run_words
 from perwatt.figure_words import meaning_words
+from perwatt.headline_words import headline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,13 +24,13 @@ SHORT = 120
 def render(report: BenchReport) -> str:
     """The whole text, at most 60,000 bytes; begins with `MARKER`."""
     rows = words.figure_rows(report)
-    price = words.price_words(report)
+    price = served.price_words(report)
     traffic = "At this traffic, idle time included" + (f" ({md.safe(price, SHORT)})" if price else "")
     return md.fitted([
         _head(report),
-        _table(report, rows),
-        _headed(traffic, _table(report, words.traffic_rows(report))),
-        _headed("Capacity", _table(report, words.capacity_rows(report))),
+        _headed(served.closed_loop_words(report), _table(report, rows)),
+        _headed(traffic, _table(report, served.traffic_rows(report)), served.FORMULA),
+        _headed("Capacity, for requests at random times", _table(report, served.capacity_rows(report))),
         f"<sub>{md.safe(words.how_to_read(report))}</sub>",
         md.details("What each figure means", _meanings([row.name for row in rows])),
         md.details("How it was measured", _basis(report)),
@@ -36,7 +38,7 @@ def render(report: BenchReport) -> str:
 
 
 def _head(report: BenchReport) -> str:
-    lines = [f"{MARKER}\n### {md.safe(words.headline(report), REASON)}"]
+    lines = [f"{MARKER}\n### {md.safe(headline(report), REASON)}"]
     if report.disturbed:
         lines.append(f"> **Disturbed run**: {md.safe('; '.join(report.disturbed), REASON)}")
     return "\n\n".join(lines)
@@ -45,8 +47,9 @@ def _head(report: BenchReport) -> str:
 def _table(report: BenchReport, rows: list[words.Row]) -> str:
     if not rows:
         return ""
-    titles = ["", *(md.safe(label, SHORT) for label in words.labels(report))]
-    return md.table(titles, [[_label(row), *map(_cell, row.cells)] for row in rows])
+    noise = any(row.noise for row in rows)
+    titles = ["", *(md.safe(label, SHORT) for label in words.labels(report)), *(["noise"] if noise else [])]
+    return md.table(titles, [[_label(row), *map(_cell, row.cells), *([row.noise] if noise else [])] for row in rows])
 
 
 def _label(row: words.Row) -> str:
@@ -61,8 +64,10 @@ def _cell(cell: words.Cell) -> str:
     return f"{said}<br>{beside}" if beside else said
 
 
-def _headed(heading: str, table: str) -> str:
-    return f"**{heading}**\n\n{table}" if table else ""
+def _headed(heading: str, table: str, formula: str = "") -> str:
+    said = [f"**{heading}**"] if heading else []
+    said += [table, *([f"<sub>{md.safe(formula)}</sub>"] if formula else [])]
+    return "\n\n".join(said) if table else ""
 
 
 def _meanings(names: list[str]) -> str:
@@ -78,7 +83,7 @@ def _basis(report: BenchReport) -> str:
             for title, subject in zip(words.subject_titles(report), report.subjects, strict=True)
         ),
         _titled("Joules", words.joules_words(report)),
-        _titled("Noise", [words.noise_words(report)]),
+        _titled("Noise", [] if report.noise_floor else [words.noise_words(report)]),
         _titled("Measuring", [*counts, *measuring_words(words.measuring(report))]),
         _titled("Machine", machine_words(report.machine)),
         _titled("Notes", report.notes),

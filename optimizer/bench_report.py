@@ -35,24 +35,35 @@ class Traffic(_Part):
     energy_j_per_request: Figure = Field(description="Above idle, and the request's share of idle time at this rate.")
     power_w: Figure
     idle_power_w: Figure
-    latency_p50_ms: float | None
-    latency_p99_ms: float | None
+    latency_p50_ms: float | None = Field(description="Null from fewer than 10 requests.")
+    latency_p99_ms: float | None = Field(description="Null from fewer than 100 requests.")
     utilisation: float | None = Field(description="CPU seconds over wall seconds and CPUs.")
     sustained: bool = Field(description="Whether the backlog stayed bounded.")
-    kwh_per_million: float | None = None
-    cost_per_million: float | None = None
+    items_per_request: int = Field(1, description="Items in one call.")
+    kwh_per_million: float | None = Field(None, description="Requests; as certain as energy_j_per_request.")
+    cost_per_million: float | None = Field(None, description="Requests; as certain as energy_j_per_request.")
     currency: str | None = None
     price_per_kwh: float | None = None
 
 
 class Capacity(_Part):
-    """Server scenario: the highest rate of Poisson arrivals whose latency stays within the bound."""
+    """Server scenario: the highest rate of Poisson arrivals whose latency stays within the bound, and what was reached
+    at that rate while it proved itself."""
 
-    rate_per_s: float | None
+    rate_per_s: float | None = Field(description="Requests, that is calls, a second; null where no rate held.")
     bound_ms: float
     percentile: float
     tries: list[dict[str, Any]]
     ended: str
+    items_per_request: int = Field(1, description="Items in one call.")
+    latency_ms: float | None = Field(
+        None, description="At that rate, the percentile that is bound; null from too few requests (p99: 100)."
+    )
+    utilisation: float | None = Field(None, description="At that rate: CPU seconds over wall seconds and CPUs.")
+    energy_j_per_request: Figure | None = Field(
+        None,
+        description="At that rate, idle power included; null where there is no energy, or windows too short for it.",
+    )
 
 
 class Subject(_Part):
@@ -86,7 +97,7 @@ class BenchReport(_Part):
     profile: Literal["quick", "long"]
     subjects: list[Subject]
     noise_floor: dict[str, float | None] = Field(
-        description="By figure: how far apart two processes of the first subject were (A/A), as a fraction."
+        description="By figure: how far apart two processes of any one subject were at most (A/A), as a fraction."
     )
     disturbed: list[str]
     machine: dict[str, Any]

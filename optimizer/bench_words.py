@@ -1,24 +1,28 @@
-"""What a benchmark says, in sentences and formatted rows: terminal and Markdown say the same thing.
+"""What a benchmark says of every subject, in sentences and formatted rows: terminal and Markdown say the same thing. The
+headline is in `perwatt.headline_words`, traffic and capacity in `perwatt.served_words`.
 
 Nothing here knows colours, columns or tags. Missing figures read "–", never 0. Ratios are to the first subject.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from perwatt.basis_words import energy_words, point_words, warm_up_words
-from perwatt.figure_words import Change, change, in_order, n_words, percent, spread, title, values
-from perwatt.report_units import MISSING, compact, duration, known, number, plain, ratio_words, with_interval
+from perwatt.basis_words import energy_words, point_words, uncertainty_words, warm_up_words
+from perwatt.figure_words import Change, by_method, change, in_order, n_words, percent, spread, title
+from perwatt.report_units import MISSING, known, plain, ratio_words
 
 if TYPE_CHECKING:
-    from perwatt.bench_report import BenchReport, Capacity, Figure, Subject, Traffic
+    from collections.abc import Sequence
+
+    from perwatt.bench_report import BenchReport, Figure, Subject
     from perwatt.report import RatioFigure
 
 LONGEST_NAME = 26
 EXACT = ("size_bytes", "peak_memory_bytes")
+LEAST_MODELLED = 0.01
+"""Of a modelled figure: a narrower interval would only say that idle power, a constant, is most of it."""
 WATT, CPU = "throughput_per_watt", "cpu_s_per_inference"
 
 
@@ -48,56 +52,21 @@ class Cell:
 @dataclass(frozen=True)
 class Row:
     """A row: a cell for each subject. `note`: method and boundary, where they are the same for all. `prose`: its cells are
-    sentences, which may wrap."""
+    sentences, which may wrap. `noise`: how far apart two processes of one subject were."""
 
     name: str
     label: str
     note: str
     cells: list[Cell]
     prose: bool = False
+    noise: str = ""
 
 
 # Figures ----------------------------------------------------------------------------------------------------------
 
 
-def headline(report: BenchReport) -> str:
-    """The one line to remember: what the only subject does, or which is best and by how much."""
-    names = labels(report)
-    if len(names) == 1:
-        return f"{names[0]}: {_lead_words(report.subjects[0])}"
-    name = _lead(report)
-    floor = report.noise_floor.get(name)
-    found = [subject.ratio_to_first.get(name) for subject in report.subjects]
-    better = [(r, i) for i, r in enumerate(found) if i and r is not None and change(name, r, floor) == "better"]
-    if not better:
-        return f"nothing has {_more(name)} {title(name)} than {names[0]} beyond the noise"
-    ratio, best = (max if name == WATT else min)(better, key=lambda pair: pair[0].value or 0.0)
-    said = f"{names[best]}: {with_interval(ratio)} the {title(name)} of {names[0]}"
-    method = _figure(report.subjects[best], name).method if name == WATT else None
-    return f"{said} ({method})" if method else said
-
-
-def _more(name: str) -> str:
-    return "more" if name == WATT else "less"
-
-
-def _lead(report: BenchReport) -> str:
-    """What leads: inferences per joule where all subjects have a ratio of them, else CPU time. Modelled joules don't
-    decide which is best."""
-    ratios = [subject.ratio_to_first.get(WATT) for subject in report.subjects[1:]]
-    modelled = any(_figure(subject, WATT).method == "modelled" for subject in report.subjects)
-    return WATT if not modelled and all(r is not None and known(r.value) is not None for r in ratios) else CPU
-
-
-def _lead_words(subject: Subject) -> str:
-    watt, cpu = _figure(subject, WATT), _figure(subject, CPU)
-    took = f"{values(cpu.unit, [cpu.value])[0]} of CPU time per inference"
-    if known(watt.value) is None:
-        return took
-    return f"{values(watt.unit, [watt.value])[0]} inferences per joule ({watt.method or 'method not stated'}), {took}"
-
-
-def _figure(subject: Subject, name: str) -> Figure:
+def figure_of(subject: Subject, name: str) -> Figure:
+    """That figure of a subject, those that are counted included; without a value where it has none."""
     from perwatt.bench_report import Figure
 
     found = subject.figures.get(name)
@@ -116,19 +85,37 @@ def figure_rows(report: BenchReport) -> list[Row]:
 
 
 def _figure_row(report: BenchReport, name: str) -> Row:
-    found = [_figure(subject, name) for subject in report.subjects]
-    units = [figure.unit for figure in found if figure.unit]
-    shown = values(units[0] if units else "", [figure.value for figure in found])
-    notes = [_basis(figure) for figure in found]
-    note = notes[0] if len(set(notes)) == 1 else ""
+    found = [figure_of(subject, name) for subject in report.subjects]
+    shown, note, notes = labelled(found)
+    floor = report.noise_floor.get(name)
     cells = []
     for index, (figure, value) in enumerate(zip(found, shown, strict=True)):
         own = f" ({notes[index]})" if notes[index] and not note else ""
         ratio = _ratio(report, index, name) if index else None
         words = ratio_words(ratio) if ratio is not None else ("", "")
-        said = change(name, ratio, report.noise_floor.get(name)) if ratio is not None else ""
-        cells.append(Cell(value + own, spread(figure.value, figure.low, figure.high), *words, said))
-    return Row(name, title(name), note, cells)
+        said = change(name, ratio, floor) if ratio is not None else ""
+        cells.append(Cell(value + own, sure(figure), *words, said))
+    measured = known(floor) is not None and any(value != MISSING for value in shown)
+    return Row(name, title(name), note, cells, noise=percent(floor) if measured else "")
+
+
+def sure(figure: Figure) -> str:
+    """The interval relative to the value; of what is modelled, no narrower than `LEAST_MODELLED`."""
+    value, low, high = (known(bound) for bound in (figure.value, figure.low, figure.high))
+    if figure.method == "modelled" and value and low is not None and high is not None:
+        arm = max(high - value, value - low) / abs(value)
+        if 0 < arm < LEAST_MODELLED:
+            return f"±<{percent(LEAST_MODELLED)}"
+    return spread(value, low, high)
+
+
+def labelled(found: Sequence[Figure | None]) -> tuple[list[str], str, list[str]]:
+    """Figures of one kind: each in words, what all of them rest on (empty where they differ), and what each rests on."""
+    unit = next((figure.unit for figure in found if figure is not None and figure.unit), "")
+    shown = by_method(unit, [(None, None) if figure is None else (figure.value, figure.method) for figure in found])
+    notes = ["" if figure is None else _basis(figure) for figure in found]
+    some = {note for note, figure in zip(notes, found, strict=True) if figure is not None}
+    return shown, some.pop() if len(some) == 1 else "", notes
 
 
 def _basis(figure: Figure) -> str:
@@ -144,102 +131,17 @@ def _ratio(report: BenchReport, index: int, name: str) -> RatioFigure:
     subject, first = report.subjects[index], report.subjects[0]
     if name in subject.ratio_to_first:
         return subject.ratio_to_first[name]
-    ours, theirs = known(_figure(subject, name).value), known(_figure(first, name).value)
+    ours, theirs = known(figure_of(subject, name).value), known(figure_of(first, name).value)
     exact = name in EXACT and ours is not None and theirs
     return RatioFigure(value=ours / theirs if exact and ours is not None and theirs else None)
 
 
 def noise_words(report: BenchReport) -> str:
-    """How far apart two processes of the first subject were, figure by figure."""
+    """How far apart two processes of one and the same subject were, figure by figure."""
     floors = {name: floor for name, floor in report.noise_floor.items() if known(floor) is not None}
     if not floors:
         return "not measured"
     return ", ".join(f"{title(name)} {percent(floors[name])}" for name in in_order(list(floors)))
-
-
-# Traffic and capacity ---------------------------------------------------------------------------------------------
-
-
-def traffic_rows(report: BenchReport) -> list[Row]:
-    """What the traffic that was asked about costs, idle time included; nothing where none was asked about."""
-    found = [subject.traffic for subject in report.subjects]
-    if not any(found):
-        return []
-
-    def measured(name: str, label: str, read: Callable[[Traffic], Figure]) -> Row:
-        figures = [None if traffic is None else read(traffic) for traffic in found]
-        unit = next((figure.unit for figure in figures if figure is not None), "")
-        shown = values(unit, [None if figure is None else figure.value for figure in figures])
-        spreads = ["" if figure is None else spread(figure.value, figure.low, figure.high) for figure in figures]
-        notes = [_basis(figure) for figure in figures if figure is not None]
-        note = notes[0] if len(set(notes)) == 1 else ""
-        return Row(name, label, note, [Cell(*pair) for pair in zip(shown, spreads, strict=True)])
-
-    def plainly(name: str, label: str, read: Callable[[Traffic], str]) -> Row:
-        return Row(name, label, "", [Cell(MISSING if traffic is None else read(traffic)) for traffic in found])
-
-    def latency(name: str, label: str, read: Callable[[Traffic], float | None]) -> Row:
-        shown = values("ms", [None if traffic is None else read(traffic) for traffic in found])
-        return Row(name, label, "", [Cell(value) for value in shown])
-
-    rows = [
-        plainly("rate", "requests a second", lambda t: f"{number(t.rate_per_s)} /s"),
-        plainly("requests", "served", lambda t: f"{t.requests:,} in {duration(t.seconds)}"),
-        measured("energy_j_per_request", "energy per request", lambda t: t.energy_j_per_request),
-        measured("power_w", "power", lambda t: t.power_w),
-        measured("idle_power_w", "idle power", lambda t: t.idle_power_w),
-        latency("latency_p50_ms", "latency p50", lambda t: t.latency_p50_ms),
-        latency("latency_p99_ms", "latency p99", lambda t: t.latency_p99_ms),
-        plainly("utilisation", "utilisation", lambda t: percent(t.utilisation)),
-        Row("sustained", "sustained", "", [_sustained(traffic) for traffic in found]),
-        plainly("kwh_per_million", "kWh per million", lambda t: number(t.kwh_per_million)),
-    ]
-    if any(traffic is not None and traffic.price_per_kwh is not None for traffic in found):
-        rows.append(plainly("cost_per_million", "cost per million", _cost_words))
-    return rows
-
-
-def _sustained(traffic: Traffic | None) -> Cell:
-    if traffic is None:
-        return Cell(MISSING)
-    return Cell("yes") if traffic.sustained else Cell("no: the backlog grew", alarm=True)
-
-
-def _cost_words(traffic: Traffic) -> str:
-    if known(traffic.cost_per_million) is None:
-        return MISSING
-    return f"{number(traffic.cost_per_million)} {plain(traffic.currency or '')}".strip()
-
-
-def price_words(report: BenchReport) -> str:
-    """What a kilowatt hour was taken to cost; empty where no price was given."""
-    for subject in report.subjects:
-        traffic = subject.traffic
-        if traffic is not None and traffic.price_per_kwh is not None:
-            return f"at {compact(traffic.price_per_kwh)} {plain(traffic.currency or '')}".strip() + " per kWh"
-    return ""
-
-
-def capacity_rows(report: BenchReport) -> list[Row]:
-    """The highest rate whose latency stays within the bound; nothing where it was not looked for."""
-    found = [subject.capacity for subject in report.subjects]
-    if not any(found):
-        return []
-
-    def plainly(name: str, label: str, read: Callable[[Capacity], str]) -> Row:
-        return Row(name, label, "", [Cell(MISSING if capacity is None else read(capacity)) for capacity in found])
-
-    return [
-        plainly("rate", "capacity", lambda c: MISSING if known(c.rate_per_s) is None else f"{number(c.rate_per_s)} /s"),
-        plainly("bound", "latency bound", _bound_words),
-        plainly("tries", "rates tried", lambda c: f"{len(c.tries):,}"),
-        replace(plainly("ended", "ended because", lambda c: plain(c.ended)), prose=True),
-    ]
-
-
-def _bound_words(capacity: Capacity) -> str:
-    share = 100 * capacity.percentile if capacity.percentile < 1 else capacity.percentile
-    return f"p{compact(share)} ≤ {values('ms', [capacity.bound_ms])[0]}"
 
 
 # Sentences --------------------------------------------------------------------------------------------------------
@@ -248,10 +150,11 @@ def _bound_words(capacity: Capacity) -> str:
 def subject_words(subject: Subject) -> list[str]:
     """What was measured and how it was run; warm-up; notes."""
     first = [plain(subject.kind), *([plain(subject.path)] if subject.path != subject.label else [])]
-    point = point_words(subject.operating_point, subject.execution_precision)
+    point = {name: value for name, value in subject.operating_point.items() if name != "scenario"}
+    run = point_words(point, subject.execution_precision)
     said = [
         ", ".join(first),
-        f"on {plain(subject.target)}, {plain(subject.scenario)}" + (f": {point}" if point else ""),
+        f"on {plain(subject.target)}, {plain(subject.scenario)}" + (f": {run}" if run else ""),
     ]
     said.append(f"warm-up: {warm_up_words(subject.warm_up)}")
     return [*said, *map(plain, subject.notes)]
@@ -264,8 +167,7 @@ def joules_words(report: BenchReport, *, brief: bool = False) -> list[str]:
 
 
 def _each(report: BenchReport, name: str) -> str:
-    found = [_figure(subject, name) for subject in report.subjects]
-    shown = values("J", [figure.value for figure in found])
+    shown, _, _ = labelled([figure_of(subject, name) for subject in report.subjects])
     return "" if all(text == MISSING for text in shown) else " / ".join(shown)
 
 
@@ -276,14 +178,21 @@ def counts_words(report: BenchReport) -> str:
 
 
 def how_to_read(report: BenchReport) -> str:
-    """What ±, ratios and noise are; shorter where there is nothing to compare."""
-    said = "± and intervals: 95 %."
-    if len(report.subjects) > 1:
-        said += (
-            f" Ratios are to {labels(report)[0]}, paired by block. Noise: the interval includes 1, or two "
-            "processes of the same model were as far apart."
+    """What ±, ratios and noise are, and what a model of the machine's power adds."""
+    floor = known(report.noise_floor.get(CPU))
+    differs = "may differ by more" if floor is None else "differs by about the noise"
+    apart = "" if floor is None else f" (two processes: {percent(floor)} of CPU time)"
+    several = len(report.subjects) > 1
+    shown = "± and [ ]: 95 % intervals" if several else "±: 95 % interval"
+    said = [f"{shown} within this run; another run of the same model {differs}{apart}."]
+    if several:
+        said.append(
+            f"Ratios are to {labels(report)[0]}, paired by block. Marked noise: the interval includes 1, or two processes "
+            "of the same model were as far apart."
         )
-    return said
+    if any(figure.method == "modelled" for subject in report.subjects for figure in subject.figures.values()):
+        said.append(f"Modelled figures are {uncertainty_words(report.energy) or 'uncertain'}, whatever the ± says.")
+    return " ".join(said)
 
 
 def labels(report: BenchReport) -> list[str]:

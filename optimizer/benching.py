@@ -6,7 +6,7 @@ import datetime
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from perwatt.bench.capacity import Try, highest_rate, window_s
-from perwatt.bench.statistics import figure_interval, percentile
-from perwatt.bench.traffic import JOULES_PER_KWH, Price, poisson_arrivals
+from perwatt.bench.statistics import figure_interval
+from perwatt.bench.traffic import JOULES_PER_KWH, Price, known_percentile, poisson_arrivals
 from perwatt.bench_report import BenchReport, Capacity, Figure, Traffic
 from perwatt.bench_report import Subject as SubjectReport
 from perwatt.comparison import compare_figure, noise_floor, subject_figure
 from perwatt.errors import InputError
+from perwatt.figure_words import rate_words, values
 from perwatt.figures import FIGURES, MEASURED
 from perwatt.gating import measuring_facts
 from perwatt.isolation import Worker, workspace
 from perwatt.job import Measured, Profile, Progress, make_ready, open_conductor, run_job
 from perwatt.measurement import Window
-from perwatt.measuring import Conductor, Effort
+from perwatt.measuring import COUNTER_REFRESHES, Conductor, Effort
 from perwatt.report import RatioFigure
+from perwatt.report_units import duration
 from perwatt.subjects import Subject, give_samples, load, open_subject
 
 BENCH = Effort(window_s=0.1, warm_up_s=0.3, min_blocks=20, max_s=12.0, tight=0.01, steady_s=3.0)
@@ -87,14 +89,14 @@ def benchmark(
             assert latency_bound_ms is not None
             for subject, report in zip(subjects, found, strict=True):
                 progress(f"finding the highest rate of {subject.label}", last)
-                report.capacity = _capacity(subject, report, latency_bound_ms, conductor, seed, progress)
+                report.capacity = _capacity(
+                    subject, report, latency_bound_ms, conductor, seed, measured.energy, progress
+                )
         if rate_per_s and _can_serve(rate_per_s, subjects, found):
             seconds = _traffic_window_s(rate_per_s, conductor)
-            served = _traffic(
-                subjects, rate_per_s, seconds, conductor, seed, lambda share: progress("traffic", 0.65 + 0.3 * share)
-            )
-            for report, windows in zip(found, served, strict=True):
-                report.traffic = _traffic_report(windows, rate_per_s, seconds, price, measured)
+            served = _traffic(subjects, rate_per_s, seconds, conductor, seed, progress)
+            for subject, report, windows in zip(subjects, found, served, strict=True):
+                report.traffic = _traffic_report(windows, rate_per_s, seconds, price, measured.energy, _items(subject))
         return BenchReport(
             perwatt_version=version("perwatt"),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -184,7 +186,9 @@ def _can_serve(rate_per_s: float, subjects: Sequence[Subject], reports: Sequence
         most = (report.figures["throughput_per_s"].value or 0.0) / _items(subject)
         if rate_per_s > DROWNING * most:
             drowning.append(subject)
-            report.notes.append(f"it serves about {most:.4g} requests a second: {rate_per_s:.4g}/s was not tried")
+            report.notes.append(
+                f"traffic of {rate_words(rate_per_s)} was not tried: it serves about {rate_words(most)}"
+            )
     return not drowning
 
 
@@ -198,68 +202,63 @@ def _traffic_window_s(rate_per_s: float, conductor: Conductor) -> float:
 
 
 def _traffic(
-    subjects: Sequence[Subject], rate_per_s: float, seconds: float, conductor: Conductor, seed: int,
-    share: Callable[[float], None],
-) -> list[list[Window]]:  # fmt: skip
+    subjects: Sequence[Subject],
+    rate_per_s: float,
+    seconds: float,
+    conductor: Conductor,
+    seed: int,
+    progress: Progress,
+) -> list[list[Window]]:
     """Windows of Poisson arrivals at this rate, for every subject the same arrivals, interleaved. Their number is what
     the rate says (arrivals given their number are still those of a Poisson process), so that joules per request do not
     vary with how many happened to come."""
     windows: dict[int, list[Window]] = {number: [] for number in range(len(subjects))}
     index = {id(side): number for number, subject in enumerate(subjects) for side in subject.replicas}
+    # A block gives every subject two windows.
+    planned = 2 * TRAFFIC_BLOCKS * len(subjects)
     for block in range(TRAFFIC_BLOCKS):
         arrivals = poisson_arrivals(
             rate_per_s, seed + block, seconds=seconds, count=max(1, round(rate_per_s * seconds))
         )
 
         def give(side: Any, due: Sequence[float] = arrivals) -> Window:
+            done = sum(map(len, windows.values()))
+            share = 0.65 + 0.3 * done / planned
+            progress(f"traffic: {done + 1} of {planned} windows of {duration(seconds)}", share)
             window = conductor.served(side, due)
             windows[index[id(side)]].append(window)
             return window
 
         conductor.block([subject.replicas for subject in subjects], give)
-        share((block + 1) / TRAFFIC_BLOCKS)
     return list(windows.values())
 
 
 def _traffic_report(
-    windows: Sequence[Window], rate_per_s: float, seconds: float, price: Price | None, measured: Measured
+    windows: Sequence[Window],
+    rate_per_s: float,
+    seconds: float,
+    price: Price | None,
+    energy: Mapping[str, Any],
+    items: int,
 ) -> Traffic:
-    energy = measured.energy
-    idle_w = energy["idle_power_w"]
-    # What a request takes above idle, and its share of idle time at the rate that was asked for: a window of a minute
-    # can't hold one request an hour, and ends with its last request.
-    joules = [
-        (w.energy_j - idle_w * w.wall_s) / len(w.latencies_ms) + idle_w / rate_per_s
-        for w in windows
-        if w.energy_j is not None and idle_w is not None
-    ]
-    watts = [one * rate_per_s for one in joules]
+    joules = _joules_per_request(windows, rate_per_s, energy["idle_power_w"])
     latencies = [latency for window in windows for latency in window.latencies_ms]
-    wall = sum(window.wall_s for window in windows)
-    cpus = os.cpu_count() or 1
-
-    def labelled(values: Sequence[float], unit: str) -> Figure:
-        where = {"method": energy["method"], "boundary": energy["boundary"]}
-        if len(values) < len(windows):
-            return Figure(value=None, unit=unit, **where)
-        value, low, high = figure_interval(values)
-        return Figure(value=value, unit=unit, low=low, high=high, n=len(values), **where)
-
-    per_request = labelled(joules, "J")
+    per_request = _of_energy(joules, len(windows), "J", energy)
     per_million = per_request.value * 1e6 if per_request.value is not None else None
     return Traffic(
         rate_per_s=rate_per_s,
-        seconds=wall,
+        seconds=sum(window.wall_s for window in windows),
         requests=len(latencies),
         energy_j_per_request=per_request,
-        power_w=labelled(watts, "W"),
+        power_w=_of_energy([one * rate_per_s for one in joules], len(windows), "W", energy),
         idle_power_w=Figure(
             value=energy["idle_power_w"], unit="W", n=1, method=energy["method"], boundary=energy["boundary"]
         ),
-        latency_p50_ms=percentile(latencies, 0.5),
-        latency_p99_ms=percentile(latencies, 0.99),
-        utilisation=sum(window.cpu_s for window in windows) / (wall * cpus) if wall else None,
+        latency_p50_ms=known_percentile(latencies, 0.5),
+        latency_p99_ms=known_percentile(latencies, 0.99),
+        utilisation=_utilisation(windows),
         sustained=all(window.wall_s <= LATE * seconds for window in windows),
+        items_per_request=items,
         kwh_per_million=per_million / JOULES_PER_KWH if per_million is not None else None,
         cost_per_million=price.of_joules(per_million) if per_million is not None and price is not None else None,
         currency=price.currency if price is not None else None,
@@ -267,16 +266,45 @@ def _traffic_report(
     )
 
 
+def _joules_per_request(windows: Sequence[Window], rate_per_s: float, idle_w: float | None) -> list[float]:
+    """What a request takes above idle, and its share of idle time at the rate that was asked for: a window of a minute
+    can't hold one request an hour, and ends with its last request."""
+    return [
+        (w.energy_j - idle_w * w.wall_s) / len(w.latencies_ms) + idle_w / rate_per_s
+        for w in windows
+        if w.energy_j is not None and idle_w is not None
+    ]
+
+
+def _of_energy(values: Sequence[float], windows: int, unit: str, energy: Mapping[str, Any]) -> Figure:
+    """A figure from `windows` windows, labelled; without a value where one of them has no energy."""
+    where = {"method": energy["method"], "boundary": energy["boundary"]}
+    if len(values) < windows:
+        return Figure(value=None, unit=unit, **where)
+    value, low, high = figure_interval(values)
+    return Figure(value=value, unit=unit, low=low, high=high, n=len(values), **where)
+
+
+def _utilisation(windows: Sequence[Window]) -> float | None:
+    wall = sum(window.wall_s for window in windows)
+    return sum(window.cpu_s for window in windows) / (wall * (os.cpu_count() or 1)) if wall else None
+
+
 def _capacity(
-    subject: Subject, report: SubjectReport, bound_ms: float, conductor: Conductor, seed: int, progress: Progress
+    subject: Subject,
+    report: SubjectReport,
+    bound_ms: float,
+    conductor: Conductor,
+    seed: int,
+    energy: Mapping[str, Any],
+    progress: Progress,
 ) -> Capacity:
     """The highest rate of Poisson arrivals, of calls, that stays within the bound."""
     start = (report.figures["throughput_per_s"].value or 1.0) / _items(subject)
     tried = 0
 
     def shown(one: Try) -> None:
-        told = "held" if one.ok else "too much"
-        progress(f"{subject.label}: {one.rate_per_s:.4g}/s, {told}", 0.65 + 0.02 * min(tried, 15))
+        progress(f"{_try_words(one, bound_ms)} ({subject.label})", 0.65 + 0.02 * min(tried, 15))
 
     def serve(rate_per_s: float) -> Window:
         nonlocal tried
@@ -286,10 +314,31 @@ def _capacity(
         return conductor.served(subject.main, poisson_arrivals(rate_per_s, seed + tried, seconds=seconds, count=count))
 
     found = highest_rate(serve, bound_ms=bound_ms, start_rate=start, progress=shown)
+    reached = [latency for window in found.windows for latency in window.latencies_ms]
     return Capacity(
         rate_per_s=found.rate_per_s,
         bound_ms=bound_ms,
         percentile=100 * found.share,
         tries=[asdict(one) for one in found.tries],
         ended=found.reason,
+        items_per_request=_items(subject),
+        latency_ms=known_percentile(reached, found.share),
+        utilisation=_utilisation(found.windows),
+        energy_j_per_request=_joules_at_capacity(found.windows, found.rate_per_s, energy),
     )
+
+
+def _try_words(one: Try, bound_ms: float) -> str:
+    """What a tried rate came to: "412 /s: p99 18.3 ms, held"."""
+    end = "held" if one.ok else "too slow" if one.latency_ms > bound_ms else "backlog grew"
+    return f"{rate_words(one.rate_per_s)}: p99 {values('ms', [one.latency_ms])[0]}, {end}"
+
+
+def _joules_at_capacity(
+    windows: Sequence[Window], rate_per_s: float | None, energy: Mapping[str, Any]
+) -> Figure | None:
+    """As for traffic; None where a counter moved too seldom in a window, whose length the search chose."""
+    if rate_per_s is None or any(w.refreshes is not None and w.refreshes < COUNTER_REFRESHES for w in windows):
+        return None
+    joules = _joules_per_request(windows, rate_per_s, energy["idle_power_w"])
+    return _of_energy(joules, len(windows), "J", energy) if len(joules) == len(windows) else None

@@ -112,8 +112,12 @@ def resolve(
 
 def _needed(config: Path | None, label: str) -> Path:
     if config is None:
-        fix = "add --config recipe.yaml, or give a bundle"
-        raise InputError(f"building {label} takes a recipe, and none was given", fix=fix)
+        if label == WORKING_TREE:
+            raise InputError(
+                "without --head the working tree is built, and that takes a recipe",
+                fix="name --head, or add --config recipe.yaml",
+            )
+        raise InputError(f"building {label} takes a recipe, and none was given", fix="add --config recipe.yaml")
     return config
 
 

@@ -7,6 +7,7 @@ is kept) or a gate is inconclusive, 4 target not usable here, 5 internal. 130 af
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import signal
@@ -60,6 +61,10 @@ class Program(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] in self.commands:
             return super().resolve_command(ctx, args)
+        if args and not Path(args[0]).exists():
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1, cutoff=0.7)
+            if near:
+                ctx.fail(f"there is no command and no model {args[0]}: did you mean optimize {near[0]}?")
         return "run", self.commands["run"], args
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

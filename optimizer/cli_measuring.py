@@ -278,7 +278,10 @@ def _note(note: str | None, flags: dict[str, Any]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def history(name: str | None, figure: str, limit: int, plot: str | None, all_machines: bool, history: str | None,
             as_json: bool) -> None:  # fmt: skip
-    """What was measured before, and the trend: by model, machine and operating point, never mixed."""
+    """What was measured before, and the trend: by model and where it lies, machine and operating point, never mixed.
+
+    NAME is a model's name, or a path as it was given to bench or gate.
+    """
     from perwatt import history_command
 
     text = history_command.run(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from perwatt.bench.decision import Decision, decide, decide_accuracy, log_ratio
 from perwatt.bench.statistics import (
@@ -29,6 +30,8 @@ from perwatt.report import RatioFigure
 from perwatt.sides import Side
 
 Block = list[Window]
+Key = Literal["max_increase", "max_decrease", "max", "min", "max_drop"]
+KEYS: tuple[Key, ...] = ("max_increase", "max_decrease", "max", "min", "max_drop")
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def judge(
     verdict."""
     checks = []
     for name, limit in limits.items():
-        for key in ("max_increase", "max_decrease", "max", "min", "max_drop"):
+        for key in KEYS:
             if getattr(limit, key) is None:
                 continue
             if name == "accuracy":
@@ -197,7 +200,7 @@ def verdict_of(checks: Sequence[Check]) -> Verdict:
     return "fail" if "fail" in verdicts else "inconclusive" if "inconclusive" in verdicts else "pass"
 
 
-def _check(name: str, key: str, limit: Limit, found: Mapping[str, ComparedFigure]) -> Check:
+def _check(name: str, key: Key, limit: Limit, found: Mapping[str, ComparedFigure]) -> Check:
     relative = key in ("max_increase", "max_decrease")
     asked = getattr(limit, key)
     words = limit_words(name, key, asked)
@@ -215,7 +218,9 @@ def _check(name: str, key: str, limit: Limit, found: Mapping[str, ComparedFigure
         effect = log_ratio(figure.head / bound) if figure.head is not None and bound else 0.0
     side: str = "at most" if key in ("max_increase", "max") else "at least"
     decision = decide(value, bound, side, _floor(name, figure), effect, kind.exact)  # type: ignore[arg-type]
-    return Check(figure=name, limit=words, verdict=decision.verdict, reason=_reason(decision, name, figure, relative))
+    return Check(
+        figure=name, key=key, limit=words, verdict=decision.verdict, reason=_reason(decision, name, figure, relative)
+    )
 
 
 def _floor(name: str, figure: ComparedFigure) -> float:
@@ -225,11 +230,11 @@ def _floor(name: str, figure: ComparedFigure) -> float:
     return math.log1p(figure.floor)
 
 
-def _without_joules(name: str, key: str, share: float | None, words: str, found: Mapping[str, ComparedFigure]) -> Check:
+def _without_joules(name: str, key: Key, share: float | None, words: str, found: Mapping[str, ComparedFigure]) -> Check:
     """Modelled joules never decide: CPU seconds per inference do, where the limit can be put in their terms."""
     if share is None or name == "power_w":
         reason = "joules are not measured here, and CPU seconds can't stand in for this limit: it wants a meter"
-        return Check(figure=name, limit=words, verdict="inconclusive", reason=reason)
+        return Check(figure=name, key=key, limit=words, verdict="inconclusive", reason=reason)
     figure = found["cpu_s_per_inference"]
     better_is_more = FIGURES[name].better == "higher"
     ratio = _ratio(figure).inverse() if better_is_more else _ratio(figure)
@@ -239,7 +244,7 @@ def _without_joules(name: str, key: str, share: float | None, words: str, found:
     decision = decide(ratio, bound, side, floor, log_ratio(ratio.value))  # type: ignore[arg-type]
     reason = _reason(decision, "cpu_s_per_inference", figure, True)
     return Check(
-        figure=name, limit=words, verdict=decision.verdict, reason=reason, decided_by="cpu_s_per_inference"
+        figure=name, key=key, limit=words, verdict=decision.verdict, reason=reason, decided_by="cpu_s_per_inference"
     )  # fmt: skip
 
 
@@ -248,20 +253,27 @@ def _ratio(figure: ComparedFigure) -> Ratio:
 
 
 def _accuracy_check(
-    key: str, limit: Limit, accuracy: ComparedAccuracy | None, why_none: str, without: Verdict
+    key: Key, limit: Limit, accuracy: ComparedAccuracy | None, why_none: str, without: Verdict
 ) -> Check:
     asked = getattr(limit, key)
     unit = "points" if accuracy is None or accuracy.unit == "fraction" else ""
     words = limit_words("accuracy", key, asked, unit)
     if accuracy is None:
-        return Check(figure="accuracy", limit=words, verdict=without, reason=why_none)
+        return Check(figure="accuracy", key=key, limit=words, verdict=without, reason=why_none)
+    if key == "max_drop" and accuracy.chance is not None:
+        # Two models that guess lose nothing against each other.
+        return Check(figure="accuracy", key=key, limit=words, verdict="inconclusive", reason=f"base {accuracy.chance}")
     if key == "max_drop":
         decision = decide_accuracy(accuracy.drop, asked, accuracy.p_value, accuracy.low)
-        return Check(figure="accuracy", limit=words, verdict=decision.verdict, reason=_drop_reason(accuracy, decision))
+        return Check(
+            figure="accuracy", key=key, limit=words, verdict=decision.verdict, reason=_drop_reason(accuracy, decision)
+        )
     bound = amount("accuracy", asked)
     met = accuracy.head <= bound if key == "max" else accuracy.head >= bound
-    reason = f"head has {accuracy.head:.4g} on {accuracy.n} samples"
-    return Check(figure="accuracy", limit=words, verdict="pass" if met else "fail", reason=reason)
+    reason = f"head has {accuracy.head:.4g} on {accuracy.n} samples" + (
+        f"; base {accuracy.chance}" if accuracy.chance is not None else ""
+    )
+    return Check(figure="accuracy", key=key, limit=words, verdict="pass" if met else "fail", reason=reason)
 
 
 def _drop_reason(accuracy: ComparedAccuracy, decision: Decision) -> str:
@@ -274,7 +286,7 @@ def _drop_reason(accuracy: ComparedAccuracy, decision: Decision) -> str:
     return text + (": so many flips may be chance" if decision.ground == "unsure" else "")
 
 
-def limit_words(name: str, key: str, value: float | str, unit: str = "") -> str:
+def limit_words(name: str, key: Key, value: float | str, unit: str = "") -> str:
     """A limit as a person would say it."""
     if key in ("max_increase", "max_decrease"):
         return f"at most {float(value) * 100:g} % {'more' if key == 'max_increase' else 'less'}"

@@ -35,8 +35,8 @@ SPLIT_AT_LEAST = 4
 class Roles:
     """Who gets which samples. `select` is for choosing (passes see it), `confirm` for judging (they never do).
 
-    `notes`: sentences for the report. `sources`: path as given → SHA-256 of the file, or of a folder's listing and
-    contents."""
+    `notes`: sentences for the report; `shares`: those about who gets which samples. `sources`: path as given → SHA-256
+    of the file, or of a folder's listing and contents."""
 
     calibrate: Samples | None
     learn: Samples | None
@@ -45,6 +45,7 @@ class Roles:
     notes: tuple[str, ...]
     sources: dict[str, str]
     class_names: tuple[str, ...] | None
+    shares: tuple[str, ...] = ()
 
     @property
     def evaluation(self) -> Samples | None:
@@ -158,6 +159,7 @@ class _Opener:
         self.seed = seed
         self.normalization = parse_normalization(section.normalize)
         self.notes = Notes()
+        self.shares = Notes()
         self.sources: dict[str, str] = {}
         self.class_names: tuple[str, ...] | None = None
 
@@ -175,12 +177,14 @@ class _Opener:
             calibrate, select, confirm = self.shared_out(self.open(alone), alone)
         elif train is not None:
             calibrate = self.calibration(train, f"{section.train} (training data)")
-            self.notes.add("no samples to judge accuracy with: give --eval")
+            self.shares.add("no samples to judge accuracy with: give --eval")
         if train is not None:
             learn = train.load(self.drawn(train, str(section.train)))
-            self.notes.add(f"{section.train}: {len(learn)} samples to learn from")
+            self.shares.add(f"{section.train}: {len(learn)} samples to learn from")
             self.finish(train)
-        return Roles(calibrate, learn, select, confirm, tuple(self.notes), self.sources, self.class_names)
+        return Roles(
+            calibrate, learn, select, confirm, tuple(self.notes), self.sources, self.class_names, tuple(self.shares)
+        )
 
     def calibration(self, source: Source, name: str) -> Samples:
         """At most 300 samples, without labels."""
@@ -188,7 +192,7 @@ class _Opener:
         samples = source.load(indices).without_labels()
         drawn = f"{len(indices)} of {source.count} samples, drawn at random,"
         drawn = drawn if len(indices) < source.count else f"all {source.count} samples"
-        self.notes.add(f"{name}: {drawn} calibrate")
+        self.shares.add(f"{name}: {drawn} calibrate")
         self.take_notes(source)
         return samples
 
@@ -199,7 +203,7 @@ class _Opener:
         order = self.shuffled(indices)
         confirm = source.load(np.sort(order[first:]))
         select = source.load(np.sort(order[:first])) if first else None
-        self.notes.add(f"{name}: {first} samples choose, {len(order) - first} others judge (seed {self.seed})")
+        self.shares.add(f"{name}: {first} samples choose, {len(order) - first} others judge (seed {self.seed})")
         self.finish(source)
         return select, confirm
 
@@ -209,7 +213,7 @@ class _Opener:
         total = len(indices)
         if total < SPLIT_AT_LEAST:
             calibrate = source.load(indices).without_labels()
-            self.notes.add(f"{name} has {total} samples only: all calibrate, accuracy stays unknown")
+            self.shares.add(f"{name} has {total} samples only: all calibrate, accuracy stays unknown")
             self.finish(source)
             return calibrate, None, None
         order = self.shuffled(indices)
@@ -218,7 +222,7 @@ class _Opener:
         parts = [np.sort(part) for part in (order[:first], order[first:second], order[second:])]
         calibrate, select, confirm = (source.load(part) for part in parts)
         sizes = [len(part) for part in parts]
-        self.notes.add(
+        self.shares.add(
             f"{name} is the only set, so it was split at random (seed {self.seed}): "
             f"{sizes[0]} samples calibrate, {sizes[1]} choose, {sizes[2]} judge"
         )

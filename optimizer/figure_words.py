@@ -36,6 +36,10 @@ UNITS: dict[str, tuple[float, Units]] = {
     "s": (1.0, TIMES), "ms": (1e-3, TIMES), "J": (1.0, JOULES), "W": (1.0, POWERS), "1/s": (1.0, RATES),
     "1/J": (1.0, PLAIN), "B": (1.0, SIZES), "": (1.0, PLAIN), "metric": (1.0, PLAIN),
 }  # fmt: skip
+DIGITS, MODELLED_DIGITS = 3, 2
+"""Significant digits that are shown; a model of the machine's power knows no more than its own."""
+UNLIKE = 1000
+"""Sizes so many times apart have each its own unit."""
 LOPSIDED = 1.5
 """An interval with one arm so many times longer than the other is written with both."""
 
@@ -50,15 +54,40 @@ def in_order(names: Sequence[str]) -> list[str]:
     return [name for name in FIGURES if name in names] + [name for name in names if name not in FIGURES]
 
 
-def values(unit: str, found: Sequence[float | None]) -> list[str]:
-    """What is compared, in one unit: `unit` is that of the report ("s", "1/J", "fraction", …)."""
+def values(unit: str, found: Sequence[float | None], digits: int = DIGITS) -> list[str]:
+    """What is compared, in one unit: `unit` is that of the report ("s", "1/J", "fraction", …). With fewer than three
+    `digits`, large numbers are rounded as well. Sizes far apart have each its own."""
+    if digits < DIGITS:
+        found = [None if known(value) is None else float(f"{value:.{digits}g}") for value in found]
     if unit == "fraction":
         return [percent_or_number(value, unit) for value in found]
     if unit not in UNITS:
-        shown = in_units(found, PLAIN)
+        shown = in_units(found, PLAIN, digits)
         return [text if text == MISSING else f"{text} {plain(unit)}" for text in shown]
     scale, units = UNITS[unit]
-    return in_units([None if value is None else value * scale for value in found], units)
+    scaled = [None if value is None else value * scale for value in found]
+    sizes = [abs(value) for value in map(known, scaled) if value]
+    if unit == "B" and sizes and max(sizes) >= UNLIKE * min(sizes):
+        return [in_units([value], units, digits)[0] for value in scaled]
+    return in_units(scaled, units, digits)
+
+
+def by_method(unit: str, found: Sequence[tuple[float | None, str | None]]) -> list[str]:
+    """Values with their methods, in one unit: modelled ones with the two digits that are known."""
+    fine, rough = (values(unit, [value for value, _ in found], digits) for digits in (DIGITS, MODELLED_DIGITS))
+    methods = [method for _, method in found]
+    return [b if method == "modelled" else a for a, b, method in zip(fine, rough, methods, strict=True)]
+
+
+def rate_words(rate_per_s: float | None) -> str:
+    """A rate as a person would say it: 40 /s, 5 /min, 2 /h."""
+    rate = known(rate_per_s)
+    if rate is None:
+        return MISSING
+    name, in_a_second = next(
+        (unit for unit in (("s", 1.0), ("min", 1 / 60)) if rate >= 0.9999 * unit[1]), ("h", 1 / 3600)
+    )
+    return f"{compact(rate / in_a_second)} /{name}"
 
 
 def percent(share: float | None) -> str:

@@ -55,6 +55,7 @@ class Check(_Part):
     """One limit and what became of it."""
 
     figure: str
+    key: Literal["max_increase", "max_decrease", "max", "min", "max_drop"] = Field(description="As in the gate's file.")
     limit: str = Field(description="In words: at most 5 % more, at most 20 ms.")
     verdict: Verdict
     reason: str = Field(description="Why, in a sentence with the numbers.")
@@ -66,6 +67,7 @@ class ComparedAccuracy(_Part):
 
     metric: str
     unit: Literal["fraction", "metric"]
+    higher_is_better: bool = True
     n: int
     base: float
     head: float
@@ -75,6 +77,7 @@ class ComparedAccuracy(_Part):
     flips_lost: int | None = Field(None, description="Right in base, wrong in head.")
     flips_gained: int | None = None
     p_value: float | None = Field(None, description="Exact McNemar test on the flips, two-sided.")
+    chance: str | None = Field(None, description="Why the base looks no better than guessing; null where it doesn't.")
 
 
 class GateReport(_Part):

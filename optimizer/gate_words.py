@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from perwatt.basis_words import energy_words, point_words
-from perwatt.figure_words import Change, change, in_order, n_words, percent, spread, title, values, with_bounds
+from perwatt.figure_words import (
+    Change,
+    by_method,
+    change,
+    in_order,
+    n_words,
+    percent,
+    spread,
+    title,
+    with_bounds,
+)
 from perwatt.figures import FIGURES
 from perwatt.report_table import accuracy_change, accuracy_verdict, metric_name
 from perwatt.report_units import (
@@ -110,7 +120,7 @@ def _has_number(report: GateReport, check: Check) -> bool:
 def _relative(check: Check) -> bool:
     """Whether a limit is against the base ("at most 5 % more", "loses at most 0.5 points"), not absolute ("at most
     20 ms")."""
-    return check.decided_by is not None or check.limit.endswith((" more", " less")) or check.limit.startswith("loses")
+    return check.decided_by is not None or check.key.startswith("max_")
 
 
 def _decisive_words(report: GateReport, check: Check) -> str:
@@ -161,7 +171,11 @@ def advice(report: GateReport) -> list[str]:
     if any(check.figure != "accuracy" for check in measured):
         said.append("measure longer with --time: the interval narrows with the number of windows")
         said.append("measure on a quieter machine" + (": this run was disturbed" if report.disturbed else ""))
-    if any(check.figure == "accuracy" for check in measured):
+    if report.accuracy is not None and report.accuracy.chance is not None:
+        said.append(
+            "say how the samples are to be read, as --normalize imagenet: the base does no better than guessing"
+        )
+    elif any(check.figure == "accuracy" for check in measured):
         said.append("give more labelled samples: the interval of the accuracy narrows with their number")
     if len(measured) < len(open_checks):
         said.append("what could not be measured stays open however long it takes: the reason stands with the limit")
@@ -233,11 +247,9 @@ def _as_accuracy(found: ComparedAccuracy) -> AccuracyReport:
     """In the form that the words of a report are made from; no budget there, because the limits judge here."""
     from perwatt.report import AccuracyReport
 
-    # A drop is positive where it got worse, so its sign tells which way the metric is better.
-    higher = (found.base - found.head) * found.drop >= 0
     return AccuracyReport(
-        metric=found.metric, unit=found.unit, higher_is_better=higher, n=found.n, n_unseen=found.n, original=found.base,
-        optimized=found.head, drop=found.drop, low=found.low, high=found.high, max_drop=float("inf"),
+        metric=found.metric, unit=found.unit, higher_is_better=found.higher_is_better, n=found.n, n_unseen=found.n,
+        original=found.base, optimized=found.head, drop=found.drop, low=found.low, high=found.high, max_drop=float("inf"),
     )  # fmt: skip
 
 

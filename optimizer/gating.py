@@ -26,16 +26,18 @@ from perwatt.errors import BackendError, InputError
 from perwatt.gate_report import EXIT_CODES, ComparedAccuracy, ComparedFigure, GateReport, GateSide
 from perwatt.isolation import Worker, workspace
 from perwatt.job import Measured, Profile, Progress, make_ready, open_conductor, run_job
-from perwatt.limits import DEFAULT, GateFile, read_limits
+from perwatt.limits import DEFAULT, GateFile, check_accuracy_limit, read_limits
 from perwatt.measuring import Effort
 from perwatt.metrics_paired import mcnemar
 from perwatt.signature import Batch
-from perwatt.subjects import Subject, give_samples, load, names_data, open_subject
+from perwatt.subjects import Subject, check_named_data, give_samples, load, names_data, open_subject
 from perwatt.worker import load_outputs
 
 GATE = Effort(window_s=0.02, warm_up_s=0.1, min_blocks=40, max_s=20.0, tight=0.01, steady_s=1.0)
 """How long a gate measures unless it is told otherwise."""
 
+MEMORY_GRAIN = 4 << 20
+"""What an allocator keeps, and which pages of its libraries a process has touched, moves the peak by bytes like these."""
 NO_LABELS = "no samples that accuracy could be judged on: give --eval, or bundles whose recipe names some that are here"
 NOT_FINITE = "head's outputs are not finite on the labelled samples"
 
@@ -65,6 +67,7 @@ def gate(
     started = time.perf_counter()
     asked = limits if isinstance(limits, GateFile) else read_limits(limits)
     where = Path(config) if config is not None else None
+    check_named_data(options)
     if profile == "long" and time_s is not None:
         raise InputError("--profile long measures 600 s for each side", fix="leave out --time, or take --profile quick")
     if meter != "auto" or VARIABLE in os.environ:
@@ -90,6 +93,8 @@ def gate(
         if "accuracy" in asked.limits:
             progress("judging accuracy", 0.96)
             accuracy, why_none = _accuracy(subjects, folder, options.get("metric"))
+            if accuracy is not None:
+                check_accuracy_limit(asked, accuracy.unit)
             # Named samples that are not here, or outputs that are no numbers, are no reason to judge less.
             gone = any(names_data(subject.recipe.data) and subject.roles is None for subject in subjects)
             if accuracy is None and asked is DEFAULT and not gone and why_none != NOT_FINITE:
@@ -145,10 +150,12 @@ def _figures(subjects: Sequence[Subject], measured: Measured, folder: Path) -> d
 
 
 def _memory(subjects: Sequence[Subject]) -> ComparedFigure:
-    """The higher of a subject's processes; what its two processes differ by is the floor."""
+    """The higher of a subject's processes. The floor is what its two processes differ by, and `MEMORY_GRAIN` at least."""
     peaks = [[side.peak_memory_bytes or 0 for side in subject.replicas] for subject in subjects]
     base, head = (max(found) or None for found in peaks)
-    floors = [max(found) / min(found) - 1 for found in peaks if len(found) > 1 and all(found)]
+    floors = [
+        max(max(found) - min(found), MEMORY_GRAIN) / min(found) for found in peaks if len(found) > 1 and all(found)
+    ]
     return exact_figure("peak_memory_bytes", base, head, max(floors, default=None))
 
 
@@ -181,16 +188,17 @@ def _accuracy(
         metric.score(given, samples, outputs[0]) for given, samples in zip(outputs, found, strict=True) if samples
     ]
     paired = metrics.compare(metric, scores[0], scores[1])
+    chance = metrics.near_chance(metric, scores[0], found[0])
     if not math.isfinite(paired.drop):
         return None, NOT_FINITE
     flips = paired.flips_lost is not None and paired.flips_gained is not None
     return ComparedAccuracy(
-        metric=metric.name, unit=metric.unit, n=paired.n, base=scores[0].value, head=scores[1].value,
-        drop=paired.drop,
+        metric=metric.name, unit=metric.unit, higher_is_better=metric.higher_is_better, n=paired.n,
+        base=scores[0].value, head=scores[1].value, drop=paired.drop,
         low=paired.low if math.isfinite(paired.low) else None,
         high=paired.high if math.isfinite(paired.high) else None,
         flips_lost=paired.flips_lost, flips_gained=paired.flips_gained,
-        p_value=mcnemar(paired.flips_lost or 0, paired.flips_gained or 0) if flips else None,
+        p_value=mcnemar(paired.flips_lost or 0, paired.flips_gained or 0) if flips else None, chance=chance,
     ), ""  # fmt: skip
 
 

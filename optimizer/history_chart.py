@@ -2,7 +2,8 @@
 
 One panel for each series, never two machines in one. No script, no network, no font to fetch; light and dark as the
 reader's system has it; names that come from reports are escaped. What the picture shows is also said in its description,
-for those who hear it. Entries stand evenly, the newest to the right, and the axis does not begin at 0.
+for those who hear it. Entries stand evenly, the newest to the right, and the axis does not begin at 0. Dates and times are
+those of the place where it was drawn, which the page names; its table has them in UTC for programs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -19,12 +21,14 @@ from perwatt.errors import InputError
 from perwatt.history import Entry, Series
 from perwatt.report_units import plain
 
-WIDTH, HEIGHT = 860, 300
-LEFT, RIGHT, TOP, BOTTOM = 84, 830, 60, 244
-HEADING = 48
+WIDTH, HEIGHT = 860, 334
+LEFT, RIGHT, TOP, BOTTOM = 84, 830, 80, 264
+HEADING = 68
 """Of this height; a page has its own headings, and leaves them out."""
 LABEL_WIDTH = 92
 """Room for a date under the axis."""
+LETTERS = {"name": 100, "quiet": 130}
+"""As many fit in a line of the heading, by its class."""
 
 STYLE = """
 .trend { --ground: #fff; --ink: #1b1f1c; --quiet: #59615b; --line: #d5d9d4; --value: #1f5fbf; --worse: #b3351c; }
@@ -68,20 +72,28 @@ PAGE = """<!doctype html>
 """
 
 
-def write_chart(series: Sequence[Series], path: str | Path) -> None:
-    """Draw `series` into the file at `path`, which ends in .svg or .html. Raises InputError where it ends otherwise, where
-    there is nothing to draw, and where the file can't be written."""
+def check_name(path: str | Path) -> None:
+    """Raises InputError where `path` names no file that can be drawn into: another ending, no such folder."""
     file = Path(path)
-    renderers = {".svg": render_svg, ".html": render_html}
-    render = renderers.get(file.suffix.lower())
-    if render is None:
-        raise InputError(f"{file} is neither .svg nor .html", fix="name a file that ends so")
+    if file.suffix.lower() not in (".svg", ".html"):
+        stem = file.with_suffix("") if file.suffix[1:].isalpha() else file
+        raise InputError(f"{file} is neither .svg nor .html", fix=f"write it {stem}.svg or {stem}.html")
+    if not file.parent.is_dir():
+        raise InputError(f"{file} can't be written: there is no folder {file.parent}", fix=f"create {file.parent}")
+
+
+def write_chart(series: Sequence[Series], path: str | Path) -> None:
+    """Draw `series` into the file at `path`, which ends in .svg or .html. Raises InputError as `check_name` does, where
+    there is nothing to draw, and where the file can't be written."""
+    check_name(path)
+    file = Path(path)
     if not series:
         raise InputError(f"there is nothing to draw into {file}: {words.NOTHING_YET}")
     try:
-        file.write_text(render(series), encoding="utf-8")
+        file.write_text((render_svg if file.suffix.lower() == ".svg" else render_html)(series), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{file} can't be written: {error.strerror or error}") from None
+        fix = "name a file in a folder that you may write to"
+        raise InputError(f"{file} can't be written: {error.strerror or error}", fix=fix) from None
 
 
 def render_svg(series: Sequence[Series]) -> str:
@@ -129,9 +141,14 @@ class _Axes:
 
 
 def _headed(series: Series) -> str:
-    return (
-        f'<text class="name" x="4" y="20">{_text(words.title(series))}</text>'
-        f'<text class="quiet" x="4" y="40">{_text(words.circumstances(series))}</text>'
+    lines = (
+        ("name", 20, words.title(series)),
+        ("quiet", 40, words.subject(series)),
+        ("quiet", 58, words.circumstances(series)),
+    )
+    return "".join(
+        f'<text class="{kind}" x="4" y="{y}">{escape(words.shortened(text, LETTERS[kind]))}</text>'
+        for kind, y, text in lines
     )
 
 
@@ -163,20 +180,21 @@ def _key(series: Series) -> str:
         ("cross: a failed head, no part of the line", any(not entry.on_line for entry in series.entries)),
     )
     said = "; ".join(text for text, there in marks if there)
-    return f'<text class="quiet" x="{LEFT}" y="{BOTTOM + 42}">{said}</text>' if said else ""
+    return f'<text class="quiet" x="{LEFT}" y="{BOTTOM + 56}">{said}</text>' if said else ""
 
 
 def _said(series: Series) -> str:
     """The picture for those who hear it: how it was run, every entry in order, the latest change."""
     entries = "; ".join(_entry_words(series, entry) for entry in series.entries)
-    return f"{words.circumstances(series)}. Oldest first: {entries}. {' '.join(words.latest(series))}"
+    how = f"{words.subject(series)}, {words.circumstances(series)}"
+    return f"{how}. Oldest first: {entries}. {' '.join(words.latest(series))}"
 
 
 def _entry_words(series: Series, entry: Entry) -> str:
     scale = words.Scale.of(series)
     value = f"{scale.words(entry.value)} {scale.interval(entry)}".strip()
     flags = [*([entry.verdict] if entry.verdict else []), *(["disturbed"] if entry.disturbed else [])]
-    return ", ".join([entry.created[:10], words.name_words(entry), value, *flags])
+    return ", ".join([words.when(entry), words.name_words(entry), value, *flags])
 
 
 def _at(axes: _Axes, index: int, entry: Entry) -> str:
@@ -214,12 +232,12 @@ def _ticks(low: float, high: float, factor: float) -> list[float]:
 
 
 def _time_axis(series: Series, axes: _Axes) -> Iterable[str]:
-    """Dates under as many entries as there is room for, evenly, the first and the newest among them."""
+    """Dates and times under as many entries as there is room for, evenly, the first and the newest among them."""
     count = len(series.entries)
     most = max(1, min(count - 1, (RIGHT - LEFT) // LABEL_WIDTH))
     for index in dict.fromkeys([round(part * (count - 1) / most) for part in range(most + 1)]):
-        day = series.entries[index].created[:10]
-        yield f'<text class="quiet" x="{axes.x(index):.1f}" y="{BOTTOM + 22}" text-anchor="middle">{day}</text>'
+        for y, said in zip((BOTTOM + 20, BOTTOM + 35), words.when(series.entries[index]).split(), strict=True):
+            yield f'<text class="quiet" x="{axes.x(index):.1f}" y="{y}" text-anchor="middle">{said}</text>'
 
 
 # Around it --------------------------------------------------------------------------------------------------------
@@ -227,11 +245,12 @@ def _time_axis(series: Series, axes: _Axes) -> Iterable[str]:
 
 def _section(series: Series, number: int) -> str:
     said = "".join(f"<li>{_text(line)}</li>" for line in words.latest(series))
-    notes = "".join(f'<p class="quiet">{_text(line)}</p>' for line in words.legend(series))
+    zone = f"times are local ({datetime.fromisoformat(series.entries[-1].created).astimezone():%Z})"
+    notes = "".join(f'<p class="quiet">{_text(line)}</p>' for line in [*words.legend(series), zone])
     title = _text(words.title(series))
     return (
         f'<section aria-labelledby="series-{number}">\n<h2 id="series-{number}">{title}</h2>\n'
-        f'<p class="quiet">{_text(words.circumstances(series))}</p>\n'
+        f'<p class="quiet">{_text(words.subject(series))}<br>{_text(words.circumstances(series))}</p>\n'
         f'<div class="scroll"><figure>{_panel(series, number)}</figure></div>\n<ul class="plain">{said}</ul>\n'
         f'<div class="scroll" role="region" aria-label="{title}, every entry" tabindex="0">{_table(series)}</div>\n'
         f"{notes}\n</section>"
@@ -242,7 +261,7 @@ def _table(series: Series) -> str:
     titles = ("when", "commit", "label", "value [95 %]", "change", "÷ base", "judged", "verdict")
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     body = "\n".join(
-        f'<tr><th scope="row">{row.when}</th>'
+        f'<tr><th scope="row"><time datetime="{entry.created}">{row.when}</time></th>'
         + "".join(
             f"<td>{_text(cell)}</td>"
             for cell in (
@@ -256,6 +275,6 @@ def _table(series: Series) -> str:
             )
         )
         + "</tr>"
-        for row in words.rows(series)
+        for entry, row in zip(series.entries, words.rows(series), strict=True)
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"

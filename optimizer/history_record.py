@@ -1,6 +1,15 @@
 """Writing gates and benches down in the history: a row for each side or subject, and its figures beside it.
 
+Each row says where the thing lay that was measured (`whereabouts`), because a model's name alone tells too little apart:
+two projects have a `model.onnx` each, and a bundle bears the name of the model that it was made from. In a git
+repository, that is the repository, by its remote, and the path in it: the same for every checkout, wherever CI puts it.
+Elsewhere it is the absolute path. What a gate built from a recipe lies nowhere of its own (its bundle is in the cache):
+there it is the working directory, to which a recipe's paths are relative.
+
 Nothing here ever raises for what is wrong with the file: what was measured is worth more than its record.
+
+Limits: relative paths of a report are those of this process's working directory, so a report is to be recorded where it
+was made. Two recipes for one model, target and operating point, built in one folder, can't be told apart.
 """
 
 from __future__ import annotations
@@ -8,7 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 import sqlite3
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +33,20 @@ if TYPE_CHECKING:
     from perwatt.gate_report import ComparedFigure, GateReport, GateSide
 
 Row = dict[str, Any]
+
+BUILT = "build"
+"""The kind of what a gate built from a recipe."""
+
+WORKING_TREE, GIT = "working tree", "git:"
+"""How the label of such a side reads, or begins; all others are paths."""
+
+MISLEADING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_CONFIG")
+"""Hooks set these: git would answer for another folder than the one that is asked about."""
+
+GIT_WAIT_S = 10.0
+
+_REMOTE = re.compile(r"(?:[a-z][a-z0-9+.-]*://(?:[^/]*@)?([^/:@]+)(?::\d+)?/|(?:[^/@:]*@)?([^/:@]+):(?!//))(.+)")
+"""https://user:password@host:443/path, and user@host:path."""
 
 
 def record_gate(report: GateReport, path: str | Path | None = None) -> str | None:
@@ -41,12 +67,85 @@ def record_gate(report: GateReport, path: str | Path | None = None) -> str | Non
 
 
 def record_bench(report: BenchReport, path: str | Path | None = None) -> str | None:
-    """Write every subject of a bench down, as `record_gate` does, under the model's name, so that both form one line."""
+    """Write every subject of a bench down, as `record_gate` does, in the same way, so that both form one line."""
     return _recorded(report, [(_subject(one), _measured(one)) for one in report.subjects], path)
+
+
+def whereabouts(path: str | Path) -> tuple[str | None, str]:
+    """Which repository the file or folder at `path` lies in, and where in it; (None, absolute path) where it is in none.
+
+    A repository is called by its remote ("github.com/acme/vision"), without one by its absolute path. A link stands
+    for itself, not for what it leads to today. Nothing needs to be there, and nothing is raised."""
+    try:
+        folder, name = os.path.split(os.path.abspath(path))
+        whole = os.path.join(os.path.realpath(folder), name)
+        found = _repository(_folder(whole))
+    except (OSError, ValueError):
+        # The working directory is gone, or this is no path at all.
+        return None, storable(str(path))
+    if found is None:
+        return None, storable(whole)
+    repository, top = found
+    return storable(repository), storable(os.path.relpath(whole, top))
+
+
+def _folder(path: str) -> str:
+    """The folder to ask git in: `path` itself where it is one, as a model from a hub is a repository of its own."""
+    while not os.path.isdir(path) or os.path.islink(path):
+        path, name = os.path.split(path)
+        if not name:
+            break
+    return path
+
+
+def _repository(folder: str) -> tuple[str, str] | None:
+    """How the repository that holds `folder` is called, and the folder of its work tree."""
+    told = _git(folder, "rev-parse", "--show-toplevel", "--git-common-dir")
+    if len(told) != 2:
+        return None
+    top, inner = told[0], os.path.realpath(os.path.join(folder, told[1]))
+    remotes = sorted(_git(top, "config", "--get-regexp", r"^remote\..*\.url$"))
+    first = next((line for line in remotes if line.startswith("remote.origin.")), remotes[0] if remotes else "")
+    # The first work tree's folder stands for all that share its git folder.
+    own = os.path.dirname(inner) if os.path.basename(inner) == ".git" else inner
+    return _remote(first.partition(" ")[2]) or own, top
+
+
+def _remote(url: str) -> str | None:
+    """A remote's host and path, whichever way it is reached. Never who reaches it: in CI, the address holds a token."""
+    plain = re.split(r"[?#]", url.removeprefix("file://"))[0].rstrip("/").removesuffix(".git")
+    if os.path.isabs(plain):
+        return os.path.realpath(plain)
+    found = _REMOTE.fullmatch(plain)
+    # An address in an address, as of a remote helper, may hold what it should not.
+    if found is None or "@" in found[3]:
+        return None
+    return f"{(found[1] or found[2]).lower()}/{found[3].strip('/')}"
+
+
+def _git(folder: str, *arguments: str) -> list[str]:
+    """What git says, line by line; nothing where it refuses, or where there is none."""
+    kept = {name: value for name, value in os.environ.items() if name not in MISLEADING}
+    try:
+        done = subprocess.run(
+            ["git", "-C", folder, *arguments], env=kept, stdin=subprocess.DEVNULL, capture_output=True,
+            encoding="utf-8", errors="surrogateescape", timeout=GIT_WAIT_S,
+        )  # fmt: skip
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _lay(kind: str, path: str, label: str = "") -> Row:
+    """The columns that say what kind of thing was measured, and where it lay."""
+    built = label == WORKING_TREE or label.startswith(GIT)
+    repository, place = whereabouts("." if built else path)
+    return {"subject_kind": BUILT if built else kind, "repository": repository, "place": place}
 
 
 def _side(side: GateSide) -> Row:
     return {
+        **_lay(side.kind, side.path, side.label),
         "label": side.label,
         "commit_id": side.commit,
         "dirty": side.dirty,
@@ -59,6 +158,7 @@ def _side(side: GateSide) -> Row:
 
 def _subject(one: Subject) -> Row:
     return {
+        **_lay(one.kind, one.path),
         "kind": "bench",
         "side": "subject",
         "name": one.name or one.label,
@@ -171,12 +271,17 @@ def _insert(connection: sqlite3.Connection, shared: Row, facts: str, runs: list[
 
 def _insert_row(connection: sqlite3.Connection, table: str, row: Row) -> int | None:
     marks = ", ".join("?" * len(row))
-    values = [_storable(value) for value in row.values()]
+    values = [_value(value) for value in row.values()]
     return connection.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", values).lastrowid
 
 
-def _storable(value: Any) -> Any:
-    """Paths may hold bytes that are no text, and figures may be infinite: SQLite has neither."""
+def storable(text: str) -> str:
+    """`text` as the file keeps it: paths may hold bytes that are no text, which SQLite has no place for."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _value(value: Any) -> Any:
+    """Figures may be infinite, which SQLite doesn't know."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        return storable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

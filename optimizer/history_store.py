@@ -68,6 +68,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (run, figure)
         ) WITHOUT ROWID""",
     ),
+    (
+        "ALTER TABLE runs ADD COLUMN subject_kind TEXT",
+        "ALTER TABLE runs ADD COLUMN repository TEXT",
+        "ALTER TABLE runs ADD COLUMN place TEXT",
+    ),
 )
 """Step by step from an empty file to today's schema. `PRAGMA user_version` counts the steps that a file has behind it:
 a step that was released is never changed, a new one is added below."""

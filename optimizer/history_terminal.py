@@ -21,6 +21,10 @@ PLOT_HEIGHT = 9
 WIDEST_STEP = 6
 """Columns between two entries at most: three entries need no whole screen."""
 
+LABELS = {"label", "what"}
+GAP, SHORTEST = 2, 8
+"""What rich puts between two columns, and how short a label may become before everything is squeezed."""
+
 VERDICT_STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 # Bits of a braille character by column and row of its dots, from top left.
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
@@ -43,12 +47,19 @@ def print_history(series: Sequence[Series], console: Console | None = None, *, h
 
 def _print_series(out: Output, series: Series) -> None:
     unicode = out.console.encoding.lower().startswith("utf")
-    out.line(words.title(series), "bold")
-    out.line(words.circumstances(series), "dim")
+    mark = "…" if unicode else "..."
+
+    def say(text: str, style: str = "") -> None:
+        """Wrapped at words; a word that fits in no line is cut, not broken."""
+        out.line(" ".join(fitting(word, out.console.width, mark) for word in text.split(" ")), style)
+
+    say(words.title(series), "bold")
+    say(words.subject(series), "dim")
+    say(words.circumstances(series), "dim")
     out.gap()
-    out.show(new_table(series, wide=out.console.width >= WIDE))
+    out.show(new_table(series, out.console.width, mark))
     for note in words.legend(series):
-        out.line(note, "dim")
+        say(note, "dim")
     out.gap()
     drawn = plot(series, min(out.console.width, WIDE), unicode=unicode)
     for line in drawn:
@@ -56,17 +67,32 @@ def _print_series(out: Output, series: Series) -> None:
     if drawn:
         out.gap()
     for said in words.latest(series):
-        out.line(said)
+        say(said)
     out.gap()
 
 
-def new_table(series: Series, wide: bool) -> Table:
-    """In a narrow terminal, commits stand for labels, and intervals are written as spreads or left out."""
+def fitting(text: str, room: int, mark: str = "…") -> str:
+    """`text` in so many columns of a terminal, in which some letters take two."""
+    from rich.cells import cell_len
+
+    return next(
+        (cut for size in range(room, 0, -1) if cell_len(cut := words.shortened(text, size, mark)) <= room), text
+    )
+
+
+def new_table(series: Series, width: int, mark: str = "…") -> Table:
+    """As much as fits: in a narrow terminal, commits stand for labels, and intervals are written as spreads, under their
+    ratios if need be, or left out. Labels are cut in the middle, so that everything else stays whole."""
     from rich import box
     from rich.table import Table
 
     rows = words.rows(series)
-    shown = {name: cells for name, cells in _columns_of(rows, wide).items() if any(cells)}
+    ways = [_wide(rows)] if width >= WIDE else []
+    ways += [_narrow(rows, " "), _narrow(rows, "\n")]
+    shown = next((way for way in ways if _least_width(way) <= width), ways[-1])
+    for name in LABELS & shown.keys():
+        rest = _least_width({other: cells for other, cells in shown.items() if other != name})
+        shown[name] = [fitting(cell, max(width - rest - GAP, SHORTEST), mark) for cell in shown[name]]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     for name in shown:
         numeric = name.startswith(("value", "change", "÷"))
@@ -78,28 +104,43 @@ def new_table(series: Series, wide: bool) -> Table:
     return table
 
 
-def _columns_of(rows: Sequence[words.Row], wide: bool) -> dict[str, list[str]]:
-    """The columns by title; those that stay empty are not shown."""
-    if wide:
-        return {
-            "when": [row.when for row in rows],
-            "commit": [row.commit for row in rows],
-            "label": [row.label for row in rows],
-            "value [95 %]": [f"{row.value} {row.interval}".strip() for row in rows],
-            "change": [f"{row.change} {row.change_interval}".strip() for row in rows],
-            "÷ base": [f"{row.base} {row.base_interval}".strip() for row in rows],
-            "": [row.meaning for row in rows],
-            "verdict": [row.verdict for row in rows],
-        }
+def _least_width(columns: dict[str, list[str]]) -> int:
+    """Columns of the terminal that a table takes once its labels are cut as short as may be."""
+    widths = {
+        name: max(len(line) for cell in [name, *cells] for line in cell.split("\n")) for name, cells in columns.items()
+    }
+    return sum(GAP + (min(width, SHORTEST) if name in LABELS else width) for name, width in widths.items())
+
+
+def _wide(rows: Sequence[words.Row]) -> dict[str, list[str]]:
+    """The columns by title; those that stay empty are left out."""
+    return _filled({
+        "when": [row.when for row in rows],
+        "commit": [row.commit for row in rows],
+        "label": [row.label for row in rows],
+        "value [95 %]": [f"{row.value} {row.interval}".strip() for row in rows],
+        "change": [f"{row.change} {row.change_interval}".strip() for row in rows],
+        "÷ base": [f"{row.base} {row.base_interval}".strip() for row in rows],
+        "": [row.meaning for row in rows],
+        "verdict": [row.verdict for row in rows],
+    })  # fmt: skip
+
+
+def _narrow(rows: Sequence[words.Row], gap: str) -> dict[str, list[str]]:
+    """The same for a narrow terminal; `gap` stands between a ratio and its spread."""
     room = not any(row.base for row in rows)
-    return {
-        "when": [row.when[:10] for row in rows],
+    return _filled({
+        "when": [row.when for row in rows],
         "what": [row.commit or row.label for row in rows],
         "value": [f"{row.value} {row.interval if room else ''}".strip() for row in rows],
-        "change": [f"{row.change} {row.change_spread}".strip() for row in rows],
-        "÷ base": [f"{row.base} {row.base_spread}".strip() for row in rows],
+        "change": [f"{row.change}{gap}{row.change_spread}".strip() for row in rows],
+        "÷ base": [f"{row.base}{gap}{row.base_spread}".strip() for row in rows],
         "verdict": [row.verdict for row in rows],
-    }
+    })  # fmt: skip
+
+
+def _filled(columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {name: cells for name, cells in columns.items() if any(cells)}
 
 
 # The plot ---------------------------------------------------------------------------------------------------------
@@ -134,10 +175,13 @@ def _columns(count: int, room: int) -> list[int]:
 
 
 def _dates(entries: Sequence[Entry], margin: int, width: int) -> str:
-    first, last = entries[0].created[:10], entries[-1].created[:10]
+    """The first and the last day under the axis; of one day, the times too."""
+    first, last = words.when(entries[0]), words.when(entries[-1])
+    one_day = first[:10] == last[:10]
+    first, last = (first, last[11:]) if one_day else (first[:10], last[:10])
     gap = width - len(first) - len(last)
     between = " " * gap if gap > 0 else " to "
-    return " " * (margin + 3) + (first if first == last else f"{first}{between}{last}")
+    return " " * (margin + 3) + (first if first.endswith(last) else f"{first}{between}{last}")
 
 
 def _key(entries: Sequence[Entry], margin: int, unicode: bool) -> str:

@@ -1,17 +1,20 @@
 """What a trend says, in words: the terminal, the picture and the page say the same thing.
 
 A change that was measured in one job carries its interval; one across two jobs is marked `~`, because the machine's own
-drift is in it. Nothing here knows colours, columns or tags.
+drift is in it. Dates are local, to the minute. Nothing here knows colours, columns or tags.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from perwatt.figure_words import UNITS, Change, change, spread
 from perwatt.figures import FIGURES
 from perwatt.history import Entry, Series
+from perwatt.history_record import BUILT
 from perwatt.measurement import Ratio
 from perwatt.report import RatioFigure
 from perwatt.report_table import METRICS, SAME_BETWEEN_RUNS, SAME_WITHIN, judged
@@ -91,7 +94,7 @@ def _row(series: Series, scale: Scale, entry: Entry) -> Row:
     against_last = in_job if both else (_across(series, entry), "", "")
     against_base = ("", "", "") if both else in_job
     return Row(
-        f"{entry.created[:10]} {entry.created[11:16]}",
+        when(entry),
         commit_words(entry),
         plain(entry.label),
         scale.words(entry.value),
@@ -101,6 +104,19 @@ def _row(series: Series, scale: Scale, entry: Entry) -> Row:
         meaning(series, entry),
         (entry.verdict or entry.kind) + (" !" if entry.disturbed else ""),
     )
+
+
+def when(entry: Entry) -> str:
+    """Its local date and time: "2026-09-01 10:11"."""
+    return f"{datetime.fromisoformat(entry.created).astimezone():%Y-%m-%d %H:%M}"
+
+
+def shortened(text: str, room: int, mark: str = "…") -> str:
+    """`text` in `room` characters: the middle gives way, as names tell themselves apart by beginning and end."""
+    if len(text) <= room:
+        return text
+    kept = max(room - len(mark), 2)
+    return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
 
 
 def commit_words(entry: Entry) -> str:
@@ -117,6 +133,23 @@ def figure_title(series: Series) -> str:
 def title(series: Series) -> str:
     """What is shown of what: "CPU time per inference of resnet20 on cpu"."""
     return f"{figure_title(series)} of {plain(series.name)} on {plain(series.target)}"
+
+
+def subject(series: Series) -> str:
+    """What was measured and where it lay: "bundle models/resnet20 in github.com/acme/vision"."""
+    if series.place is None:
+        return "entries of an earlier perwatt, which kept no paths"
+    # At a repository's top, the repository says it all.
+    parts = [series.repository] if series.repository and series.place == "." else [series.place, series.repository]
+    where = " in ".join(plain(_from_home(part)) for part in parts if part)
+    return (
+        f"built from a recipe in {where}" if series.subject_kind == BUILT else f"{plain(series.subject_kind)} {where}"
+    )
+
+
+def _from_home(path: str) -> str:
+    home = os.path.expanduser("~").rstrip("/")
+    return f"~{path[len(home) :]}" if home and path.startswith(f"{home}/") else path
 
 
 def circumstances(series: Series) -> str:
@@ -169,7 +202,8 @@ def drifting(series: Series) -> str:
 
 def meaning(series: Series, entry: Entry) -> Change:
     """Whether the change is one, and for the better: by the ratio of the job where there is one. What two runs of the same
-    model differed by in that job (the floor) is no change."""
+    model differed by in that job (the floor) is no change, and neither is, across two jobs, what leaves the intervals of
+    both overlapping."""
     kind = FIGURES[series.figure]
     if kind.name == "accuracy":
         return _accuracy_meaning(series, entry)
@@ -179,7 +213,17 @@ def meaning(series: Series, entry: Entry) -> Change:
     if ratio is None:
         return ""
     verdict = judged(_figure(ratio), kind.better == "higher", SAME_WITHIN if kind.exact else SAME_BETWEEN_RUNS)
+    if verdict in ("better", "worse") and _overlap(entry):
+        return "noise"
     return "" if verdict == "over budget" else verdict
+
+
+def _overlap(entry: Entry) -> bool:
+    """Whether its interval and that of the entry before have values in common."""
+    low, high, low_before, high_before = entry.low, entry.high, entry.previous_low, entry.previous_high
+    if low is None or high is None or low_before is None or high_before is None:
+        return False
+    return low <= high_before and low_before <= high
 
 
 def _accuracy_meaning(series: Series, entry: Entry) -> Change:
@@ -197,7 +241,7 @@ def latest(series: Series) -> list[str]:
     """The last entry's change, and what the gates chain up to."""
     entry, scale = series.entries[-1], Scale.of(series)
     value = f"{scale.words(entry.value)} {scale.interval(entry)}".strip()
-    said = ["; ".join([f"Latest: {name_words(entry)}, {entry.created[:10]}, {value}", *_changes(series, entry)])]
+    said = ["; ".join([f"Latest: {name_words(entry)}, {when(entry)}, {value}", *_changes(series, entry)])]
     chain = entry.chain
     if chain is not None and chain.jobs > 1:
         said.append(

@@ -105,6 +105,18 @@ def read_limits(path: str | Path | None) -> GateFile:
         raise InputError(f"{path}: {_explain(error)}") from None
 
 
+def check_accuracy_limit(limits: GateFile, unit: str) -> None:
+    """Refuse a bound on accuracy that no fraction can reach, once it is known that the metric is one. Raises InputError."""
+    limit = limits.limits.get("accuracy")
+    for key in ("max", "min"):
+        asked = getattr(limit, key, None)
+        if unit == "fraction" and asked is not None and amount("accuracy", asked) > 1:
+            raise InputError(
+                f"limits.accuracy.{key}: {asked} is more than any accuracy can be",
+                fix=f"write {asked:g}% or {asked / 100:g}",
+            )
+
+
 def schema() -> dict[str, Any]:
     """JSON Schema of `gate.yaml`."""
     made = GateFile.model_json_schema()
@@ -120,5 +132,9 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         known = Limit.model_fields if keys[0] == "limits" else GateFile.model_fields
         return nearest(keys[-1], known, f"key in {'.'.join(keys[:-1]) or 'the file'}")
-    message = first["msg"].removeprefix("Value error, ")
+    message, given = first["msg"].removeprefix("Value error, "), first["input"]
+    if first["type"] == "less_than":
+        message = f"{given:.0%} is not below 100%: for {given:g} percent write {given:g}% or {given / 100:g}"
+    if keys[-1:] == ["max_drop"] and isinstance(given, str):
+        message = f"{given!r} is no number: write {given.strip().rstrip('% ') or '0.5'} (points, or metric units)"
     return f"{'.'.join(keys)}: {message}" if keys else message

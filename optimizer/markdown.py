@@ -13,6 +13,7 @@ from perwatt.report_units import plain
 MAX_BYTES = 60_000
 """GitHub refuses a comment of more than 65,536 characters; a step summary may be larger."""
 LONGEST = 400
+LONGEST_WORD = 40
 MOST_ITEMS = 20
 CUT = "<sub>Something here was too long for a comment: all of it is in the JSON.</sub>"
 
@@ -26,7 +27,10 @@ def safe(text: object, most: int = LONGEST) -> str:
     `most` characters of it."""
     said = plain(text)
     if len(said) > most:
-        said = said[: most - 1] + "…"
+        kept = said[: most - 1]
+        # At the end of a word, unless there is none for long.
+        space = kept.rfind(" ") if said[most - 1] != " " else -1
+        said = (kept[:space] if space > max(0, most - LONGEST_WORD) else kept) + "…"
     said = _SPECIAL.sub(r"\\\g<0>", said)
     # Intervals stay readable in the source; a bracket that a link could begin with is none.
     said = _LIKE_AN_INTERVAL.sub(

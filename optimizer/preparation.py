@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, folder: Path, checks: Worker, progress: Progress, cl
         eager = None
     return Prepared(
         target, capabilities_from_json(target["capabilities"]), reading, roles, samples, saved, select, evaluation,
-        _max_drop(recipe, evaluation), eager, [*roles.notes, *notes],
+        _max_drop(recipe, evaluation), eager, [*roles.shares, *roles.notes, *notes],
     )  # fmt: skip
 
 

@@ -48,13 +48,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{shown:,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
 
 
-def in_units(values: Sequence[float | None], units: Units) -> list[str]:
+def in_units(values: Sequence[float | None], units: Units, digits: int = 3) -> list[str]:
     """All `values` in one unit, so that they compare at a glance: the largest that leaves the smallest readable."""
     found = [known(value) for value in values]
     sizes = [abs(value) for value in found if value]
     fits = [unit for unit in units if sizes and max(sizes) >= unit[0] and min(sizes) >= 0.1 * unit[0]]
     factor, name = fits[-1] if fits else units[0]
-    return [MISSING if value is None else f"{number(value / factor)} {name}".strip() for value in found]
+    return [MISSING if value is None else f"{number(value / factor, digits)} {name}".strip() for value in found]
 
 
 def signed(value: float, decimals: int) -> str:

@@ -28,6 +28,7 @@ from perwatt.recipe import DataSection, Recipe
 from perwatt.sides import Side
 from perwatt.signature import Signature
 from perwatt.synthetic import made_up, synthetic
+from perwatt.worker_load import TIMED_ITEMS
 
 DATA_OPTIONS = ("data", *(name for name, (section, _) in PLACES.items() if section == "data"))
 MODEL_OPTIONS = ("arch", "arch_args", "input", "trust")
@@ -91,6 +92,7 @@ def open_subject(
     """Start what runs `path`; `load` makes it ready. `options` are those of the command line with underscores.
 
     Raises InputError for what can't be read, TargetError where its backend can't be used here."""
+    check_named_data(options)
     if not path.exists():
         raise InputError(f"there is no {path}", fix="give a bundle, a model file or a Hugging Face folder")
     if is_bundle(path):
@@ -99,6 +101,9 @@ def open_subject(
         subject, operation, parameters = _own_file(path, label, options, owner, checks)
     else:
         subject, operation, parameters = _model(path, label, options, folder, checks)
+    judging = subject.recipe.data.eval
+    if judging and options.get("data") not in (None, judging):
+        subject.notes.append(f"{options['data']} is not used: nothing is calibrated here, and {judging} judges")
     parameters = {**parameters, "target": subject.target, "point": asdict(subject.point)}
     try:
         for number in range(_replicas(path, most_replicas)):
@@ -108,6 +113,14 @@ def open_subject(
         subject.close()
         raise
     return subject
+
+
+def check_named_data(options: Mapping[str, Any]) -> None:
+    """Refuse samples that the command itself names and that are not there: only a recipe's may be gone. Raises InputError."""
+    for name in ("data", "eval"):
+        where = options.get(name)
+        if where is not None and datasets.kind_of(str(where)) == "callable" and not _is_there(str(where)):
+            raise InputError(f"no such data set: {where}", fix="give file.py:callable of a file that is there")
 
 
 def _with_weights(path: Path) -> list[Path]:
@@ -315,7 +328,9 @@ def _timing_samples(subject: Subject, seed: int) -> tuple[Samples, str]:
             subject.notes.extend(roles.notes)
             real = roles.select or roles.confirm or roles.calibrate or roles.learn
             if real is not None:
-                return real.without_labels(), f"samples from {data.eval or data.all or data.calibrate or data.train}"
+                # No more than is timed: pages of a file that a process has mapped would count as its memory.
+                few = real.without_labels().take(max(TIMED_ITEMS, subject.point.batch))
+                return few, f"samples from {data.eval or data.all or data.calibrate or data.train}"
     if subject.artifact is not None:
         return synthetic(subject.artifact, seed=seed), "made-up inputs"
     return made_up(subject.signature, seed=seed), "made-up inputs"

@@ -156,3 +156,11 @@ def test_growth_wants_three_requests_and_judging_wants_one():
 def test_a_window_is_long_enough_for_the_percentile_and_for_the_bound():
     assert window_s(1000, 10) == pytest.approx(2.0) and window_s(1000, 200) == pytest.approx(8.0)
     assert window_s(1000, 10, share=0.9) == pytest.approx(0.4) and window_s(10, 10, at_most_s=20) == 20
+
+
+def test_high_rates_are_told_in_whole_requests():
+    found = highest_rate(server(step(20_000)), bound_ms=10, start_rate=16_000, max_tries=8)
+    held = max(t.rate_per_s for t in found.tries if t.ok)
+    not_held = min(t.rate_per_s for t in found.tries if not t.ok)
+    assert found.reason == f"{held:,.0f}/s held in a longer run, {not_held:,.0f}/s did not hold"
+    assert "e+" not in highest_rate(server(step(0)), bound_ms=10, start_rate=1e6).reason

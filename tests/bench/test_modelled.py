@@ -66,6 +66,7 @@ def test_how_it_is_come_by_names_the_figures_their_sources_and_their_uncertainty
         assert figure in described["how"]
     assert all(words in described["source"] for words in ("Xeon Platinum 8480+ (2023)", "Teads", "Boavizta"))
     assert "a factor of 1.5" in described["uncertainty"] and "a virtual CPU" in described["uncertainty"]
+    assert described["uncertainty_factor"] == 2.2
     assert described["watts"] == {"busy_core": 5.625, "idle": 3.0, "memory": 4.544}
     json.dumps(described)
 
@@ -98,6 +99,7 @@ def test_every_row_has_what_the_arithmetic_needs_and_a_source():
         assert row["tdp_w"] > 0 and row["cores"] > 0
         assert 1 < row["tdp_w"] / row["cores"] < 30, row["as"]
         assert all(row[key] for key in ("as", "source", "uncertainty")) and row["year"] >= 2017
+        assert row["uncertainty"] == f"a factor of {row['uncertainty_factor']:g}"
         assert row.get("name") or all(key in row for key in ("vendor", "family", "model"))
 
 
@@ -106,6 +108,7 @@ def test_shares_and_memory_have_sources_and_uncertainties():
     assert 0 < package["idle_share_of_tdp"] < package["busy_share_of_tdp"] < 1.5
     assert 0 < memory["watts_per_gib"] < 1
     assert all(part[key] for part in (package, memory) for key in ("source", "uncertainty", "year"))
+    assert all(f"{part['uncertainty_factor']:g}" in part["uncertainty"] for part in (package, memory))
 
 
 def test_no_processor_has_two_rows():

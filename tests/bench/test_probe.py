@@ -140,6 +140,12 @@ def test_half_of_the_blocks_may_go():
     assert keep(blocks) == [False, False, True, True] and disturbance(blocks) == []
 
 
+def test_one_block_is_never_left_alone():
+    pair = [even(2.0, 0.5), even(2.0, 2.0)]
+    assert keep(pair) == [True, True] and "within 1 of 2 blocks" in disturbance(pair)[0]
+    assert keep([even(2.0, 0.5), even(2.0, 2.0), even(2.0, 2.0)]) == [False, True, True]
+
+
 def test_a_type_that_is_slow_too_often_disturbs_the_run_and_is_named():
     quick, slow = {"int8": 2.0, "f32": 0.2}, {"int8": 0.8, "f32": 0.2}
     assert disturbance([[quick] * 10] * 9 + [[slow] * 10]) == [

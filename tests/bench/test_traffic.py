@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perwatt.bench.traffic import Price, parse_price, parse_rate, poisson_arrivals
+from perwatt.bench.traffic import Price, known_percentile, parse_price, parse_rate, poisson_arrivals
 from perwatt.errors import InputError
 
 
@@ -120,3 +120,12 @@ def test_what_is_no_price_is_refused_with_the_form_wanted(text):
 def test_a_kilowatt_hour_is_three_point_six_million_joules():
     assert Price(0.25, "EUR").of_joules(3.6e6) == pytest.approx(0.25)
     assert Price(0.25).of_joules(0.0) == 0.0
+
+
+def test_a_percentile_of_too_few_requests_is_not_known():
+    hundred = [float(i) for i in range(1, 101)]
+    assert known_percentile(hundred, 0.99) == 99 and known_percentile(hundred[:99], 0.99) is None
+    assert known_percentile(hundred[:10], 0.5) == 5 and known_percentile(hundred[:9], 0.5) is None
+    # Of any other share, as many as leave one beyond it.
+    assert known_percentile(hundred[:20], 0.95) == 19 and known_percentile(hundred[:19], 0.95) is None
+    assert known_percentile([], 0.5) is None

@@ -66,7 +66,9 @@ def all_figures(slower: float = 1.0, *, method: Any = "counter") -> dict[str, Co
 
 
 def a_check(figure: str = CPU, limit: str = "at most 5 % more", verdict: Any = "pass", **changes: Any) -> Check:
-    facts: dict[str, Any] = {"reason": "well within the limit", "decided_by": None}
+    words = {"more": "max_increase", "less": "max_decrease", "points": "max_drop"}
+    key = words.get(limit.rpartition(" ")[2], "min" if limit.startswith("at least") else "max")
+    facts: dict[str, Any] = {"key": key, "reason": "well within the limit", "decided_by": None}
     return Check(figure=figure, limit=limit, verdict=verdict, **{**facts, **changes})
 
 
@@ -98,7 +100,8 @@ ENERGY = {
 }  # fmt: skip
 MODELLED = {
     "method": "modelled", "boundary": "package", "how": "CPU seconds × 2.50 W for one busy core",
-    "source": "https://example.org/datasheet", "uncertainty": "a factor of 1.5", "window_s": 0.15, "refresh_s": None,
+    "source": "https://example.org/datasheet", "uncertainty": "a factor of 1.5",
+    "uncertainty_factor": 1.5, "window_s": 0.15, "refresh_s": None,
     "least_refreshes": None, "n": 96, "missing": [], "idle_policy": "gross is the headline",
     "idle_state": "models loaded, their processes asleep", "idle_power_w": 0.0,
     "meter_overhead": {"cpu_s": 0.0, "share_of_one_cpu": 0.0},
@@ -303,7 +306,10 @@ def some_traffic(**changes: Any) -> Traffic:
 def some_capacity(**changes: Any) -> Capacity:
     facts: dict[str, Any] = {
         "rate_per_s": 4120.0, "bound_ms": 5.0, "percentile": 99.0, "tries": [{"rate_per_s": 8000.0, "held": False}],
-        "ended": "the bracket is within 3 %",
+        "ended": "the bracket is within 3 %", "latency_ms": 4.31, "utilisation": 0.62,
+        "energy_j_per_request": Figure(
+            value=412e-6, unit="J", low=409e-6, high=415e-6, n=3, method="counter", boundary="package"
+        ),
     }  # fmt: skip
     return Capacity(**{**facts, **changes})
 

@@ -14,6 +14,9 @@ POINT = {"scenario": "single-stream", "batch": 1, "threads": None, "streams": 1}
 EPYC = {"fingerprint": {"vendor": "AuthenticAMD", "name": "AMD EPYC 9B14", "cpus": 2}, "digest": "1a2b3c4d5e6f"}
 XEON = {"fingerprint": {"vendor": "GenuineIntel", "name": "Intel Xeon 8481C", "cpus": 4}, "digest": "ffee00112233"}
 
+PLACE = "/srv/models/resnet20"
+"""Where all of them lay, in no repository."""
+
 
 def a_digest(model: str) -> str:
     """As of the files of `model`: equal for equal names."""
@@ -23,7 +26,7 @@ def a_digest(model: str) -> str:
 def a_side(model: str, **changes: Any) -> GateSide:
     """A side that runs `model`; its commit begins with its digest's letters."""
     facts: dict[str, Any] = {
-        "label": model, "path": f"/builds/{model}", "kind": "bundle", "commit": a_digest(model)[7:47],
+        "label": model, "path": PLACE, "kind": "bundle", "commit": a_digest(model)[7:47],
         "digest": a_digest(model), "target": "cpu", "operating_point": POINT, "execution_precision": "bf16",
     }  # fmt: skip
     return GateSide(**{**facts, **changes})
@@ -73,7 +76,7 @@ def a_gate(
 def a_subject(label: str = "resnet20", cpu_s: float = 120e-6, **changes: Any) -> Subject:
     """A subject of a bench that takes `cpu_s` CPU seconds per inference."""
     facts: dict[str, Any] = {
-        "label": label, "path": f"/builds/{label}", "kind": "bundle", "target": "cpu", "scenario": "single-stream",
+        "label": label, "path": PLACE, "kind": "bundle", "target": "cpu", "scenario": "single-stream",
         "operating_point": POINT, "size_bytes": 1_000_000,
         "figures": {
             "cpu_s_per_inference": Figure(value=cpu_s, unit="s", low=0.97 * cpu_s, high=1.03 * cpu_s, n=12),

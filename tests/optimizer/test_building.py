@@ -363,7 +363,10 @@ def test_a_config_that_the_ref_lacks_suggests_a_bundle(repo: Path) -> None:
 
 
 def test_without_a_recipe_nothing_is_built(repo: Path) -> None:
-    for spec, words in (("git:v1", "building git:v1 takes a recipe"), (None, "building working tree takes a recipe")):
+    for spec, words in (
+        ("git:v1", "building git:v1 takes a recipe"),
+        (None, "without --head the working tree is built"),
+    ):
         with pytest.raises(InputError, match=words) as caught:
             resolve(spec, None)
         assert "--config" in str(caught.value)

@@ -21,6 +21,7 @@ import yaml
 
 from perwatt import limits
 from perwatt.cli import cli
+from perwatt.datasets_fit import parse_normalization
 from perwatt.figures import FIGURES
 from perwatt.gate_report import EXIT_CODES
 
@@ -110,6 +111,24 @@ def test_actionlint_refuses_an_input_that_the_action_does_not_declare(tmp_path: 
     assert ['property "meter" is not defined' in said for said in actionlint(path)] == [True]
 
 
+def steps_of_page() -> list[Any]:
+    """The page's YAML blocks that are steps of a GitHub job, in their order."""
+    blocks = re.findall(r"^```yaml\n(- .*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return [step for block in blocks for step in yaml.safe_load(block)]
+
+
+@needs_actionlint
+@pytest.mark.parametrize(("was", "becomes"), [("", ""), ("steps.samples.outputs", "steps.sample.outputs")])
+def test_actionlint_judges_the_pages_steps(tmp_path: Path, was: str, becomes: str) -> None:
+    found = steps_of_page()
+    assert {"gate", "samples"} <= {step.get("id") for step in found}
+    workflow = {"on": "pull_request", "jobs": {"gate": {"runs-on": "ubuntu-latest", "steps": found}}}
+    text = yaml.safe_dump(workflow, sort_keys=False)
+    path = tmp_path / "workflow.yml"
+    path.write_text(text.replace(was, becomes) if was else text)
+    assert ['"sample" is not defined' in said for said in actionlint(path)] == ([True] if was else [])
+
+
 # Schemas ------------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +182,28 @@ def test_the_template_is_what_the_example_includes_and_extends() -> None:
     assert job["allow_failure"] == {"exit_codes": [EXIT_CODES["inconclusive"]]}
     assert set(example["perwatt-gate"]["variables"]) <= set(job["variables"])
     assert f"--junit={job['artifacts']['reports']['junit']}" in "\n".join(job["script"])
+
+
+def test_the_schema_accepts_the_pages_gitlab_jobs(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```yaml\n((?:include|perwatt-gate):.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yml"
+        path.write_text(block)
+        assert check_schema(path, *SCHEMAS[GITLAB]).returncode == 0, block
+        path.write_text(block.replace("extends: .perwatt-gate", "extends: {of: .perwatt-gate}"))
+        assert check_schema(path, *SCHEMAS[GITLAB]).returncode == 1
+        job = load(path)["perwatt-gate"]["variables"]
+        assert set(job) - {"SAMPLES"} <= set(load(TEMPLATE)[".perwatt-gate"]["variables"])
+
+
+def test_the_examples_say_how_pictures_are_normalised_and_take_perwatt_from_no_index() -> None:
+    (gate,) = [step for step in steps(WORKFLOW) if step.get("id") == "gate"]
+    assert set(gate["with"]) <= set(load(ACTION)["inputs"])
+    example, template = load(GITLAB)["perwatt-gate"]["variables"], load(TEMPLATE)[".perwatt-gate"]["variables"]
+    assert gate["with"]["normalize"] == example["GATE_NORMALIZE"] == "imagenet"
+    parse_normalization(example["GATE_NORMALIZE"])
+    assert [one["GATE_INSTALL"].startswith("git+https://") for one in (example, template)] == [True, True]
 
 
 # Inputs are data ------------------------------------------------------------------------------------------------------
@@ -260,7 +301,8 @@ def test_every_gate_command_of_the_page_parses(line: str) -> None:
 def test_every_option_that_the_ci_files_give_exists(script: str) -> None:
     given = set(re.findall(r"--[a-z-]+(?==)", script.partition("optimize gate")[2].partition("|| code")[0]))
     assert given == {
-        "--base", "--head", "--config", "--limits", "--eval", "--time", "--meter", "--out", "--markdown", "--junit",
+        "--base", "--head", "--config", "--limits", "--eval", "--data", "--normalize", "--time", "--meter",
+        "--out", "--markdown", "--junit",
     }  # fmt: skip
     assert given <= options_of("gate")
 

@@ -6,6 +6,7 @@ with the code that it is told. GitHub's API is a scripted one too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -33,8 +34,11 @@ if [ -n "$STUB_REPORT" ]; then printf '%s' "$STUB_REPORT" > "$out"; fi
 exit "$STUB_CODE"
 """
 NO_INPUTS = {
-    name: "" for name in ("BASE", "HEAD", "CONFIG", "LIMITS", "EVAL", "TIME", "METER", "EXTRA_ARGS", "ON_INCONCLUSIVE")
-}
+    name: ""
+    for name in (
+        "BASE", "HEAD", "CONFIG", "LIMITS", "EVAL", "DATA", "NORMALIZE", "TIME", "METER", "EXTRA_ARGS", "ON_INCONCLUSIVE",
+    )
+}  # fmt: skip
 COMMANDS_OF_THE_RUNNER = r"::(error|warning|notice) title=perwatt gate::(.*)"
 
 
@@ -150,6 +154,8 @@ def test_inputs_reach_the_scripted_optimize_as_they_are(bench: Path) -> None:
         "CONFIG": "a folder/re*cipe.yaml",
         "LIMITS": "--trust",
         "EVAL": "'\"\n--trust",
+        "DATA": "a folder of pictures/; touch pwned",
+        "NORMALIZE": "0.5,0.5,0.5/0.2,0.2,0.2 $(touch pwned)",
         "TIME": "30s --trust",
         "METER": "wall:read-meter --watts",
     }
@@ -326,14 +332,52 @@ def test_the_gitlab_script_ends_with_the_code_of_a_scripted_optimize(bench: Path
     job = yaml.safe_load((ROOT / "docs" / "ci" / "gitlab.yml").read_text())[".perwatt-gate"]
     (bench / ".perwatt" / "venv").mkdir(parents=True)
     (bench / "bin").rename(bench / ".perwatt" / "venv" / "bin")
-    given = {**job["variables"], "GATE_EVAL": "a b; touch pwned", "GATE_EXTRA_ARGS": "--seed 1 *"}
+    given = {
+        **job["variables"], "GATE_EVAL": "a b; touch pwned", "GATE_DATA": "c d", "GATE_NORMALIZE": "unit $(touch pwned)",
+        "GATE_EXTRA_ARGS": "--seed 1 *",
+    }  # fmt: skip
     settings = environment(bench, **given, CI_MERGE_REQUEST_DIFF_BASE_SHA="abc", STUB_CODE=str(code), STUB_REPORT="{}")
     script = "\n".join(job["script"])
     done = subprocess.run([shell, "-e", "-c", script], env=settings, cwd=bench, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, "")
     assert (bench / ".perwatt" / "report" / "gate.json").read_text() == "{}"
     assert (bench / "arguments").read_text().split("\0")[:-1] == [
-        "gate", "--base=git:abc", "--config=recipe.yaml", "--eval=a b; touch pwned", "--seed", "1", "*",
+        "gate", "--base=git:abc", "--config=recipe.yaml", "--eval=a b; touch pwned", "--data=c d",
+        "--normalize=unit $(touch pwned)", "--seed", "1", "*",
         "--out=.perwatt/report/gate.json", "--markdown=.perwatt/report/gate.md", "--junit=.perwatt/report/gate.xml",
     ]  # fmt: skip
     assert not (bench / "pwned").exists()
+
+
+# Samples that git doesn't keep ----------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "gate.md").read_text()
+
+
+def fetching_scripts() -> dict[str, str]:
+    """The page's scripts that fetch samples: GitHub's step, and GitLab's lines before the template's own."""
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader that leaves GitLab's `!reference` out."""
+
+    Loader.add_constructor("!reference", lambda loader, node: None)  # type: ignore[arg-type]
+    blocks = re.findall(r"^```yaml\n(.*?)^```", PAGE.partition("## Samples on the runner")[2], re.MULTILINE | re.DOTALL)
+    github, gitlab = (yaml.load(block, Loader) for block in blocks[:2])
+    (step,) = [step for step in github if "run" in step]
+    assert "SAMPLES" in step["env"] and "SAMPLES" in gitlab["perwatt-gate"]["variables"]
+    return {"bash": step["run"], "sh": "\n".join(line for line in gitlab["perwatt-gate"]["before_script"] if line)}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the page's scripts fetch with curl: install it")
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "cut off"])
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_the_pages_steps_fetch_samples_and_refuse_others(tmp_path: Path, shell: str, whole: bool) -> None:
+    (tmp_path / "store.npz").write_bytes(b"samples")
+    digest = hashlib.sha256(b"samples" if whole else b"samples, all of them").hexdigest()
+    (tmp_path / "test.npz.sha256").write_text(f"{digest}  data/test.npz\n")
+    settings = {**os.environ, "SAMPLES": (tmp_path / "store.npz").as_uri()}
+    done = subprocess.run(
+        [shell, "-e", "-c", fetching_scripts()[shell]], env=settings, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (tmp_path / "data" / "test.npz").read_bytes() == b"samples"
+    assert done.returncode == (0 if whole else 1), done.stderr

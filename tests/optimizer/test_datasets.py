@@ -62,7 +62,7 @@ def test_one_set_is_split_and_the_report_says_how(tmp_path: Path) -> None:
     for part in (roles.select, roles.confirm, roles.evaluation):
         assert part.labels is not None and part.labels.dtype == np.int64
         assert told(part) == list(part.labels)
-    assert any("25 samples calibrate, 37 choose, 38 judge" in note for note in roles.notes)
+    assert any("25 samples calibrate, 37 choose, 38 judge" in note for note in roles.shares)
     assert list(roles.sources) == [where] and len(roles.sources[where]) == 64
 
 
@@ -79,7 +79,7 @@ def test_calibrate_eval_and_train(tmp_path: Path) -> None:
     assert roles.calibrate and roles.select and roles.confirm and roles.learn
     assert (len(roles.calibrate), len(roles.select), len(roles.confirm), len(roles.learn)) == (300, 10, 10, 20)
     assert not set(told(roles.select)) & set(told(roles.confirm))
-    assert any("300 of 400 samples" in note for note in roles.notes)
+    assert any("300 of 400 samples" in note for note in roles.shares)
     assert set(roles.sources) == {small, big}
 
 
@@ -99,7 +99,7 @@ def test_a_lone_set_is_split_whatever_it_was_given_as(tmp_path: Path, field: str
 def test_too_few_to_split(tmp_path: Path) -> None:
     roles = opened(npz(tmp_path, **numbered(3)))
     assert roles.calibrate and len(roles.calibrate) == 3 and roles.evaluation is None
-    assert any("accuracy stays unknown" in note for note in roles.notes)
+    assert any("accuracy stays unknown" in note for note in roles.shares)
 
 
 def test_max_samples_and_no_data(tmp_path: Path) -> None:

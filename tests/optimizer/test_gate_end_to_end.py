@@ -137,6 +137,45 @@ def test_accuracy_is_judged_on_the_flips_scripted_costs(here: Path) -> None:
     assert gated("net.onnx", "net.onnx", asked).exit_code == 3
 
 
+def test_two_models_that_guess_are_no_pass_scripted_costs(here: Path) -> None:
+    """Pictures that were not normalised as in training make guessers of both sides, which then lose nothing."""
+    with np.load("samples.npz") as archive:
+        labels = np.random.default_rng(1).permutation(archive["labels"])
+        np.savez("shuffled.npz", x=archive["x"], labels=labels)
+    asked = {"limits": {"accuracy": {"max_drop": 0.5}}}
+    report = gated("net.onnx", "net.onnx", asked, eval="shuffled.npz")
+    assert (report.verdict, report.accuracy.drop) == ("inconclusive", 0.0)
+    assert "normalisation" in report.reason and report.accuracy.chance in report.reason
+
+
+def test_data_that_would_calibrate_is_said_to_be_unused_scripted_costs(here: Path) -> None:
+    (here / "other.npz").write_bytes((here / "samples.npz").read_bytes())
+    report = gated("net.onnx", "net.onnx", eval="samples.npz", data="other.npz")
+    assert any("other.npz is not used" in note for note in report.head.notes)
+    assert not any("not used" in note for note in gated("net.onnx", "net.onnx", data="samples.npz").head.notes)
+
+
+@pytest.mark.parametrize("named", ["nothing.npz", "nothing.py:given"])
+def test_samples_that_the_command_names_must_be_there(here: Path, named: str) -> None:
+    for call in (lambda: gated("net.onnx", "net.onnx", eval=named), lambda: perwatt.benchmark("net.onnx", data=named)):
+        with pytest.raises(InputError, match="no such data set"):
+            call()
+
+
+def test_memory_is_that_of_the_model_and_not_of_its_samples_scripted_costs(here: Path) -> None:
+    """One side has thousands of samples, the other made-up ones."""
+    perwatt.optimize("net.onnx", target="null", data="samples.npz", out="few", passes="fold-batchnorm")
+    np.savez("many.npz", x=np.zeros((60_000, 1, 8, 8), np.float32), labels=np.arange(60_000) % 4)
+    recipe = here / "few" / "recipe.yaml"
+    (here / "many").mkdir()
+    for path in sorted((here / "few").rglob("*")):
+        there = here / "many" / path.relative_to(here / "few")
+        there.mkdir(exist_ok=True) if path.is_dir() else there.write_bytes(path.read_bytes())
+    (here / "many" / "recipe.yaml").write_text(recipe.read_text().replace("samples.npz", "many.npz"))
+    report = gated("few", "many", {"limits": {"peak_memory_bytes": {"max_increase": 0.02}}}, target=None)
+    assert report.verdict == "pass", report.reason
+
+
 def test_default_limits_leave_accuracy_out_where_there_are_no_samples_scripted_costs(here: Path) -> None:
     report = perwatt.gate("net.onnx", "net.onnx", **NULL)
     assert report.verdict == "pass"

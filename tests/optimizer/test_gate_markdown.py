@@ -197,14 +197,12 @@ def test_long_notes_are_cut_and_many_are_counted() -> None:
 
 @pytest.mark.parametrize("filler", ["x", "|", "@", "🌈", "<", "é "])
 def test_it_is_never_more_than_a_comment_may_hold(filler: str) -> None:
-    long = filler * 20_000
-    side = a_gate_side(
-        long, path=long, kind=long, notes=[long] * 500, operating_point={str(i): long for i in range(99)}
-    )
+    long = filler * 2_000
+    side = a_gate_side(long, path=long, kind=long, notes=[long] * 60, operating_point={str(i): long for i in range(99)})
     report = a_gate(
-        "fail", name=long, reason=long, base=side, head=side, notes=[long] * 500, disturbed=[long] * 500,
-        checks=[a_check(WATT, long, "fail", reason=long) for _ in range(500)], machine={str(i): long for i in range(500)},
-        measuring={str(i): long for i in range(500)}, energy={"method": "counter", "how": long},
+        "fail", name=long, reason=long, base=side, head=side, notes=[long] * 60, disturbed=[long] * 60,
+        checks=[a_check(WATT, long, "fail", reason=long) for _ in range(90)], machine={str(i): long for i in range(60)},
+        measuring={str(i): long for i in range(60)}, energy={"method": "counter", "how": long},
     )  # fmt: skip
     assert size(report) <= md.MAX_BYTES
     assert md.CUT in render(report)

@@ -237,7 +237,7 @@ def test_accuracy_has_flips_and_the_p_value() -> None:
     text = shown(a_gate(), 200)
     assert "top-1 91.64 % → 91.54 %, −0.10 points [−0.4, +0.2], 12 lost / 11 gained of 1,017, p = 1 (exact" in text
     lower = a_compared_accuracy(
-        metric="mse", unit="metric", base=0.0123, head=0.013, drop=0.0007, low=None, high=None, flips_lost=None,
+        metric="mse", unit="metric", higher_is_better=False, base=0.0123, head=0.013, drop=0.0007, low=None, high=None,
         flips_gained=None, p_value=None,
     )  # fmt: skip
     assert "mean squared error 0.0123 → 0.0130, +0.000700, n = 1,017\n" in shown(a_gate(accuracy=lower), 200)

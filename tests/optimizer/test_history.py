@@ -21,7 +21,7 @@ from perwatt.measurement import Ratio
 from perwatt.report import RatioFigure
 
 sys.path.insert(0, str(Path(__file__).parent))
-from histories import EPYC, POINT, XEON, a_bench, a_digest, a_gate, a_month, a_side, a_subject, compared, joules
+from histories import EPYC, PLACE, POINT, XEON, a_bench, a_digest, a_gate, a_month, a_side, a_subject, compared, joules
 
 CPU = "cpu_s_per_inference"
 
@@ -182,6 +182,9 @@ def test_filters(file: Path) -> None:
     assert XEON["digest"] not in {series.fingerprint for series in others}
 
 
+# The line ---------------------------------------------------------------------------------------------------------
+
+
 def test_the_line_is_heads_and_subjects_without_bases_and_failed_heads(file: Path) -> None:
     record(file, *a_month())
     by_name = {series.name: series for series in trend(CPU, path=file)}
@@ -316,6 +319,7 @@ def test_as_json_is_plain_data(file: Path) -> None:
     }
     assert plain["schema_version"] == 1
     last = plain["series"][-1]["entries"][-1]
+    assert plain["series"][-1]["place"] == PLACE and last["created"] == "2026-09-28T10:11:12+00:00"
     assert last["value"] == 101e-6 and last["chain"]["jobs"] == 4 and last["ratio"]["low"] < last["ratio"]["high"]
 
 

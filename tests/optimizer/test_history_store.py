@@ -256,6 +256,39 @@ def test_an_older_schema_is_read_as_it_is_and_migrated_by_the_next_writer(
         trend(CPU, path=file)
 
 
+FIRST_RUN = """INSERT INTO runs VALUES (
+    1, 'job', 0, '2026-08-01T10:00:00+00:00', 'bench', 'subject', 'resnet20', 'net-cpu', NULL, 0, NULL, 'cpu',
+    'single-stream', '{"batch": 1, "scenario": "single-stream", "streams": 1, "threads": null}', NULL, '1a2b3c4d5e6f',
+    '0.1.0', NULL, 0
+)"""
+
+
+def test_a_file_of_the_first_schema_is_read_and_its_entries_stay_apart(tmp_path: Path) -> None:
+    """Of those nobody knows where they lay: they are a series by name, and found by their labels too."""
+    path = tmp_path / "history.sqlite"
+    run_sql(
+        path, *MIGRATIONS[0], "INSERT INTO machines VALUES ('1a2b3c4d5e6f', '{}')", FIRST_RUN,
+        f"INSERT INTO figures VALUES (1, '{CPU}', 's', NULL, 1e-4, NULL, NULL, 9, NULL, NULL, NULL, NULL, NULL, NULL)",
+        f"PRAGMA application_id = {APPLICATION_ID}", "PRAGMA user_version = 1",
+    )  # fmt: skip
+    before = path.read_bytes()
+    [old] = trend(CPU, name="net-cpu", path=path)
+    assert (old.name, old.subject_kind, old.repository, old.place) == ("resnet20", None, None, None)
+    assert path.read_bytes() == before
+    assert record_gate(a_gate(), path) is None
+    assert version_of(path) == len(MIGRATIONS)
+    found = {
+        series.place: [entry.previous for entry in series.entries] for series in trend(CPU, name="resnet20", path=path)
+    }
+    assert found == {None: [None], "/srv/models/resnet20": [None]}
+
+
+def test_a_date_that_is_none_is_told(file: Path) -> None:
+    run_sql(file, "UPDATE runs SET created = 'yesterday'")
+    with pytest.raises(InputError, match="is damaged or was altered"):
+        trend(CPU, path=file)
+
+
 def test_a_migration_that_fails_changes_nothing(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = file.read_bytes()
     monkeypatch.setattr(history_store, "MIGRATIONS", (*MIGRATIONS, ("CREATE TABLE extra (x)", "not SQL at all")))

@@ -10,7 +10,7 @@ import yaml
 
 from perwatt.errors import InputError
 from perwatt.figures import FIGURES
-from perwatt.limits import DEFAULT, amount, read_limits, schema
+from perwatt.limits import DEFAULT, amount, check_accuracy_limit, read_limits, schema
 
 WHOLE = """
 limits:
@@ -70,6 +70,8 @@ def test_amounts_carry_units(figure, value, wanted):
         ("limits: {power_w: {max_increase: -5%}}", "no fraction"),
         ("on_inconclusive: pass", "limits"),
         ("[1]", "no file of limits"),
+        ("limits: {power_w: {max_increase: 5}}", "for 5 percent write 5% or 0.05"),
+        ("limits: {accuracy: {max_drop: 0.5%}}", "write 0.5 (points"),
         ("limits: {power_w: {max: 3}}\non_inconclusive: maybe", "on_inconclusive"),
     ],
 )
@@ -88,3 +90,12 @@ def test_the_schema_takes_the_example_and_refuses_unknown_figures():
             jsonschema.validate(yaml.safe_load(bad), made)
     assert set(made["properties"]["limits"]["propertyNames"]["enum"]) == set(FIGURES)
     json.dumps(made)
+
+
+def test_a_bound_that_no_fraction_reaches_is_refused_once_the_metric_is_known(tmp_path):
+    limits = read_limits(written(tmp_path, "limits: {accuracy: {min: 90}}"))
+    with pytest.raises(InputError) as caught:
+        check_accuracy_limit(limits, "fraction")
+    assert "write 90% or 0.9" in str(caught.value.fix)
+    check_accuracy_limit(limits, "metric")
+    check_accuracy_limit(read_limits(written(tmp_path, "limits: {accuracy: {min: 90%}}")), "fraction")
