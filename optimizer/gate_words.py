@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from perwatt.basis_words import energy_words, point_words
-from perwatt.figure_words import (
-    Change,
-    by_method,
-    change,
-    in_order,
-    n_words,
-    percent,
-    spread,
-    title,
-    with_bounds,
-)
+from perwatt.figure_words import Change, change, in_order, n_words, percent, spread, title, values, with_bounds
 from perwatt.figures import FIGURES
 from perwatt.report_table import accuracy_change, accuracy_verdict, metric_name
 from perwatt.report_units import (
