@@ -60,19 +60,8 @@ def benchmark(
 
     Raises InputError for what was given, TargetError where a backend can't be used here."""
     started = time.perf_counter()
-    if not models:
-        raise InputError("nothing to measure", fix="optimize bench BUNDLE_OR_MODEL …")
     server = options.get("scenario") == "server"
-    if server and latency_bound_ms is None:
-        raise InputError("the server scenario wants a latency bound", fix="add --latency-bound 20ms")
-    if latency_bound_ms is not None and not server:
-        raise InputError("a latency bound is for the server scenario", fix="add --scenario server")
-    if latency_bound_ms is not None and latency_bound_ms <= 0:
-        raise InputError("a latency bound must be above 0", fix="write --latency-bound 20ms")
-    if profile == "long" and time_s is not None:
-        raise InputError(
-            "--profile long measures 600 s for each model", fix="leave out --time, or take --profile quick"
-        )
+    _check(models, server, latency_bound_ms, profile, time_s)
     with workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         folder = Path(scratch)
         subjects = _open([Path(model) for model in models], options, folder, checks, cleanup, progress)
@@ -109,6 +98,24 @@ def benchmark(
             measuring=measuring_facts(measured, subjects, inputs, seed),
             energy=measured.energy,
             notes=[*dict.fromkeys(notes)],
+        )
+
+
+def _check(
+    models: Sequence[str | Path], server: bool, latency_bound_ms: float | None, profile: Profile, time_s: float | None
+) -> None:
+    """Refuse what does not go together, before anything is opened."""
+    if not models:
+        raise InputError("nothing to measure", fix="optimize bench BUNDLE_OR_MODEL …")
+    if server and latency_bound_ms is None:
+        raise InputError("the server scenario wants a latency bound", fix="add --latency-bound 20ms")
+    if latency_bound_ms is not None and not server:
+        raise InputError("a latency bound is for the server scenario", fix="add --scenario server")
+    if latency_bound_ms is not None and latency_bound_ms <= 0:
+        raise InputError("a latency bound must be above 0", fix="write --latency-bound 20ms")
+    if profile == "long" and time_s is not None:
+        raise InputError(
+            "--profile long measures 600 s for each model", fix="leave out --time, or take --profile quick"
         )
 
 
