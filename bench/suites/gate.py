@@ -144,7 +144,7 @@ def mann_whitney(base: list[float], head: list[float], worse: int) -> bool:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "false-alarms": {"head": "same", "limits": BY_CPU, "time_s": 2.0, "gates": 200, "noisy": True, "seconds": 8.0},
+    "false-alarms": {"head": "same", "limits": BY_CPU, "time_s": 2.8, "gates": 200, "noisy": True, "seconds": 8.0},
     "power": {"head": "slower", "limits": BY_CPU, "time_s": 6.0, "gates": 100, "noisy": False, "seconds": 20.0},
     "threads": {"base": "one-thread", "head": "same", "limits": BY_THROUGHPUT, "time_s": 4.0, "gates": 20, "noisy": False,
                 "seconds": 20.0},
