@@ -39,7 +39,10 @@ def open_meter(choice: str = "auto", device: Literal["cpu", "gpu"] = "cpu") -> t
     if reasons:
         meter.close()
         by = f" (named by {VARIABLE})" if asked else ""
-        raise TargetError(f"the meter {asked or choice!r}{by} can't be used: {'; '.join(reasons)}")
+        raise TargetError(
+            f"the meter {asked or choice!r}{by} can't be used: {'; '.join(reasons)}",
+            fix="give --meter auto for the best that works here, or --meter modelled",
+        )
     return meter, []
 
 

@@ -73,8 +73,10 @@ def known_percentile(latencies_ms: Sequence[float], share: float) -> float | Non
 def parse_rate(text: str | float) -> float:
     """Requests a second: `40/s`, `2400/min`, `90/h`, or `40`. Raises InputError for anything else."""
     match = re.fullmatch(rf"\s*{_NUMBER}\s*(?:/\s*([a-z]+))?\s*", str(text))
-    if not match or (match[2] or "s") not in UNITS_S or float(match[1]) <= 0:
-        raise InputError(f"{text!r} is no rate of requests", fix="write 40/s, 2400/min or 40")
+    if not match or (match[2] or "s") not in UNITS_S:
+        raise InputError(f"{text!r} is no rate of requests", fix="write 40/s, 2400/min, 90/h or 40, which is 40/s")
+    if float(match[1]) <= 0:
+        raise InputError("a rate of requests must be above 0", fix="write 40/s, or 1/h for a rare one")
     return float(match[1]) / UNITS_S[match[2] or "s"]
 
 

@@ -33,6 +33,8 @@ class Traffic(_Part):
     seconds: float
     requests: int
     energy_j_per_request: Figure = Field(description="Above idle, and the request's share of idle time at this rate.")
+    above_idle_j_per_request: Figure = Field(description="The first of the two: what the request itself takes.")
+    idle_j_per_request: Figure = Field(description="The second: idle power over the rate that was asked for.")
     power_w: Figure
     idle_power_w: Figure
     latency_p50_ms: float | None = Field(description="Null from fewer than 10 requests.")
@@ -53,6 +55,7 @@ class Capacity(_Part):
     rate_per_s: float | None = Field(description="Requests, that is calls, a second; null where no rate held.")
     bound_ms: float
     percentile: float
+    failed_rate_per_s: float | None = Field(None, description="The lowest rate above it that did not hold.")
     tries: list[dict[str, Any]]
     ended: str
     items_per_request: int = Field(1, description="Items in one call.")
@@ -77,6 +80,7 @@ class Subject(_Part):
     scenario: str
     operating_point: dict[str, Any]
     execution_precision: str | None = None
+    digest: str | None = Field(None, description="SHA-256 of the deployed model's files.")
     size_bytes: int | None = None
     peak_memory_bytes: int | None = None
     warm_up: dict[str, Any] = {}

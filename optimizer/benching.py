@@ -174,6 +174,7 @@ def _subject(subject: Subject, measured: Measured, number: int, folder: Path) ->
         scenario=subject.point.scenario,
         operating_point=subject.main.facts["operating_point"],
         execution_precision=subject.main.facts.get("execution_precision"),
+        digest=subject.digest(),
         size_bytes=subject.main.saved_bytes(folder / f"saved-{number}"),
         peak_memory_bytes=max(peaks, default=None),
         warm_up=subject.main.warm_up,
@@ -248,7 +249,9 @@ def _traffic_report(
     energy: Mapping[str, Any],
     items: int,
 ) -> Traffic:
-    joules = _joules_per_request(windows, rate_per_s, energy["idle_power_w"])
+    idle_w = energy["idle_power_w"]
+    own = _joules_above_idle(windows, idle_w)
+    joules = [one + idle_w / rate_per_s for one in own]
     latencies = [latency for window in windows for latency in window.latencies_ms]
     per_request = _of_energy(joules, len(windows), "J", energy)
     per_million = per_request.value * 1e6 if per_request.value is not None else None
@@ -257,10 +260,10 @@ def _traffic_report(
         seconds=sum(window.wall_s for window in windows),
         requests=len(latencies),
         energy_j_per_request=per_request,
+        above_idle_j_per_request=_of_energy(own, len(windows), "J", energy),
+        idle_j_per_request=_constant(None if idle_w is None else idle_w / rate_per_s, "J", energy),
         power_w=_of_energy([one * rate_per_s for one in joules], len(windows), "W", energy),
-        idle_power_w=Figure(
-            value=energy["idle_power_w"], unit="W", n=1, method=energy["method"], boundary=energy["boundary"]
-        ),
+        idle_power_w=_constant(idle_w, "W", energy),
         latency_p50_ms=known_percentile(latencies, 0.5),
         latency_p99_ms=known_percentile(latencies, 0.99),
         utilisation=_utilisation(windows),
@@ -273,14 +276,18 @@ def _traffic_report(
     )
 
 
-def _joules_per_request(windows: Sequence[Window], rate_per_s: float, idle_w: float | None) -> list[float]:
-    """What a request takes above idle, and its share of idle time at the rate that was asked for: a window of a minute
+def _joules_above_idle(windows: Sequence[Window], idle_w: float | None) -> list[float]:
+    """What a request takes above idle. Its share of idle time is added at the rate that was asked for: a window of a minute
     can't hold one request an hour, and ends with its last request."""
     return [
-        (w.energy_j - idle_w * w.wall_s) / len(w.latencies_ms) + idle_w / rate_per_s
+        (w.energy_j - idle_w * w.wall_s) / len(w.latencies_ms)
         for w in windows
         if w.energy_j is not None and idle_w is not None
     ]
+
+
+def _constant(value: float | None, unit: str, energy: Mapping[str, Any]) -> Figure:
+    return Figure(value=value, unit=unit, n=1, method=energy["method"], boundary=energy["boundary"])
 
 
 def _of_energy(values: Sequence[float], windows: int, unit: str, energy: Mapping[str, Any]) -> Figure:
@@ -326,6 +333,9 @@ def _capacity(
         rate_per_s=found.rate_per_s,
         bound_ms=bound_ms,
         percentile=100 * found.share,
+        failed_rate_per_s=min(
+            (t.rate_per_s for t in found.tries if not t.ok and t.rate_per_s > (found.rate_per_s or 0.0)), default=None
+        ),
         tries=[asdict(one) for one in found.tries],
         ended=found.reason,
         items_per_request=_items(subject),
@@ -347,5 +357,6 @@ def _joules_at_capacity(
     """As for traffic; None where a counter moved too seldom in a window, whose length the search chose."""
     if rate_per_s is None or any(w.refreshes is not None and w.refreshes < COUNTER_REFRESHES for w in windows):
         return None
-    joules = _joules_per_request(windows, rate_per_s, energy["idle_power_w"])
+    idle_w = energy["idle_power_w"]
+    joules = [one + idle_w / rate_per_s for one in _joules_above_idle(windows, idle_w)]
     return _of_energy(joules, len(windows), "J", energy) if len(joules) == len(windows) else None

@@ -37,7 +37,7 @@ from perwatt.bundle import Bundle, digest_of, is_bundle
 from perwatt.errors import BackendError, InputError, PerwattError, TargetError
 from perwatt.isolation import workspace
 from perwatt.options import build_recipe
-from perwatt.recipe import Recipe
+from perwatt.recipe import Recipe, missing_file
 
 GIT = "git:"
 WORKING_TREE = "working tree"
@@ -219,7 +219,9 @@ def _config_at(config: Path, repository: Repository, root: Path, name: str, note
         return config.absolute()
     there = _below(root, absolute)
     if not there.is_file():
-        fix = "give a bundle of that side instead, or a recipe that is committed there"
+        if not config.is_file():
+            raise missing_file(config, "recipe")
+        fix = "the change that brings the recipe has nothing to be compared with: merge it first, or give a bundle as that side"
         raise InputError(f"the recipe {config} does not exist at {name}", fix=fix)
     return there
 

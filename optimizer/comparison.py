@@ -22,7 +22,7 @@ from perwatt.bench.statistics import (
     quantile_interval,
 )
 from perwatt.figures import FIGURES, MEASURED
-from perwatt.gate_report import Check, ComparedAccuracy, ComparedFigure, Verdict
+from perwatt.gate_report import SAME_FILES, Check, ComparedAccuracy, ComparedFigure, Verdict
 from perwatt.limits import Limit, amount
 from perwatt.measurement import Boundary, Method, Ratio, Window
 from perwatt.measuring import PERCENTILES, figures
@@ -31,6 +31,7 @@ from perwatt.sides import Side
 
 Block = list[Window]
 Key = Literal["max_increase", "max_decrease", "max", "min", "max_drop"]
+RELATIVE: tuple[Key, ...] = ("max_increase", "max_decrease")
 KEYS: tuple[Key, ...] = ("max_increase", "max_decrease", "max", "min", "max_drop")
 
 
@@ -179,9 +180,10 @@ def judge(
     accuracy: ComparedAccuracy | None,
     why_none: str,
     without: Verdict = "inconclusive",
+    identical: bool = False,
 ) -> list[Check]:
     """One check for each limit. `why_none`: why there is no accuracy, where there is none, and `without` is then the
-    verdict."""
+    verdict. `identical`: both sides are the same files, so that only noise can set them apart."""
     checks = []
     for name, limit in limits.items():
         for key in KEYS:
@@ -191,7 +193,12 @@ def judge(
                 checks.append(_accuracy_check(key, limit, accuracy, why_none, without))
             else:
                 checks.append(_check(name, key, limit, found))
-    return checks
+    return [_same_files(check) if identical and check.key in RELATIVE else check for check in checks]
+
+
+def _same_files(check: Check) -> Check:
+    """What cannot differ holds, whatever the noise of this run says."""
+    return check.model_copy(update={"verdict": "pass", "reason": SAME_FILES, "decided_by": None})
 
 
 def verdict_of(checks: Sequence[Check]) -> Verdict:

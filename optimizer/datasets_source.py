@@ -19,6 +19,10 @@ MEMORY_BYTES = 4 << 30
 """Samples of one set that would take more than this once decoded are thinned out at random."""
 
 
+WARNING = "warning: "
+"""How a note begins that nobody should miss."""
+
+
 class Notes(list[str]):
     """Sentences for the report, each once."""
 

@@ -130,7 +130,7 @@ def _said(report: GateReport) -> list[str]:
     lines = [f"{words.WORDS[report.verdict]}  {words.headline(report)}", plain(report.reason)]
     for row in words.limit_rows(report):
         lines.append(f"{row.verdict}: {row.figure.title}, {row.limit}: {_reason(row).replace(chr(10), '; ')}")
-    return [*lines, *words.advice(report)]
+    return [*lines, *(f"warning: {warning}" for warning in words.warnings(report)), *words.advice(report)]
 
 
 def _seconds(value: float) -> str:

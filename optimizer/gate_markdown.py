@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SYMBOLS: dict[Verdict, str] = {"pass": "✓", "fail": "✗", "inconclusive": "?"}
 REASON = 600
 SHORT = 120
+MOST_WARNINGS = 8
 
 
 def marker(name: str) -> str:
@@ -51,6 +52,7 @@ def _head(report: GateReport) -> str:
         lines.append(md.safe(words.reason(report), REASON))
     if report.disturbed:
         lines.append(f"> **Disturbed run**: {md.safe('; '.join(report.disturbed), REASON)}")
+    lines += [f"> **Warning**: {md.safe(warning, REASON)}" for warning in words.warnings(report)[:MOST_WARNINGS]]
     return "\n\n".join(lines)
 
 

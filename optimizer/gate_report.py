@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from perwatt.report import RatioFigure
 
 Verdict = Literal["pass", "fail", "inconclusive"]
+SAME_FILES = "both sides are the same files, run in the same way"
 EXIT_CODES: dict[Verdict, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 
 
@@ -96,6 +97,9 @@ class GateReport(_Part):
     checks: list[Check]
     figures: dict[str, ComparedFigure]
     accuracy: ComparedAccuracy | None
+    identical: bool = Field(
+        False, description="Both sides are the same files, run in the same way: limits against the base hold by that."
+    )
     disturbed: list[str] = Field(description="Why this counts as a disturbed run; empty where it was quiet.")
     machine: dict[str, Any] = Field(description="fingerprint, its digest, and facts as far as readable.")
     measuring: dict[str, Any] = Field(description="scenario, blocks, window_s, seconds, seed, protocol, discarded.")

@@ -39,6 +39,8 @@ def print_gate(report: GateReport, console: Console | None = None, *, verbose: b
         out.line(words.reason(report))
     if report.disturbed:
         out.line("Disturbed run: " + "; ".join(map(plain, report.disturbed)), "bold yellow")
+    for warning in words.warnings(report):
+        out.line(f"Warning: {warning}", "bold yellow")
     out.gap()
     wide = out.console.width >= ROOMY
     if report.checks:

@@ -72,6 +72,10 @@ def headline(report: GateReport) -> str:
     check = decisive(report)
     if check is None:
         return plain(report.reason)
+    if report.identical and report.verdict == "pass":
+        from perwatt.gate_report import SAME_FILES
+
+        return SAME_FILES
     said = _titled(check.figure, _decisive_words(report, check))
     more = sum(other.verdict == report.verdict for other in report.checks) - 1
     if report.verdict == "pass" or more == 0:
@@ -144,6 +148,18 @@ def _decided_instead(report: GateReport, check: Check, ratio: RatioFigure) -> st
 
 def _joined(*words: str) -> str:
     return " ".join(word for word in words if word)
+
+
+def warnings(report: GateReport) -> list[str]:
+    """What nobody should miss of the notes of both sides, each once."""
+    from perwatt.datasets_source import WARNING
+
+    found: dict[str, list[str]] = {}
+    for name, side in (("base", report.base), ("head", report.head)):
+        for note in side.notes:
+            if note.startswith(WARNING):
+                found.setdefault(plain(note.removeprefix(WARNING)), []).append(name)
+    return [f"{' and '.join(names)}: {note}" for note, names in found.items()]
 
 
 def let_through(report: GateReport) -> bool:
@@ -248,15 +264,12 @@ def _as_accuracy(found: ComparedAccuracy) -> AccuracyReport:
 
 def why(report: GateReport) -> list[str]:
     """For each limit that does not simply hold: its reason."""
-    return [
-        f"{row.limit}: {row.reason}" if row.reason.startswith(row.figure.title) else _named(row)
-        for row in limit_rows(report)
-        if row.verdict != "pass" or row.decided_by is not None
-    ]
+    return [_named(row) for row in limit_rows(report) if row.verdict != "pass" or row.decided_by is not None]
 
 
 def _named(row: LimitRow) -> str:
-    return f"{row.figure.title}, {row.limit}: {row.reason}"
+    said = row.reason if row.reason.startswith(row.figure.title) else f"{row.figure.title}: {row.reason}"
+    return f"{said} (limit: {row.limit})"
 
 
 def _titled(name: str, said: str) -> str:

@@ -23,7 +23,7 @@ from perwatt.bench.meters import VARIABLE, open_meter
 from perwatt.building import Built
 from perwatt.comparison import compare, exact_figure, judge, verdict_of, window_figure
 from perwatt.errors import BackendError, InputError
-from perwatt.gate_report import EXIT_CODES, ComparedAccuracy, ComparedFigure, GateReport, GateSide
+from perwatt.gate_report import EXIT_CODES, ComparedAccuracy, ComparedFigure, GateReport, GateSide, Verdict
 from perwatt.isolation import Worker, workspace
 from perwatt.job import Measured, Profile, Progress, make_ready, open_conductor, run_job
 from perwatt.limits import DEFAULT, GateFile, check_accuracy_limit, read_limits
@@ -219,7 +219,9 @@ def _report(
     seed: int,
     started: float,
 ) -> GateReport:
-    checks = judge(asked.limits, figures, accuracy, why_none, "fail" if why_none == NOT_FINITE else "inconclusive")
+    identical = _identical(subjects)
+    without: Verdict = "fail" if why_none == NOT_FINITE else "inconclusive"
+    checks = judge(asked.limits, figures, accuracy, why_none, without, identical)
     verdict = verdict_of(checks)
     deciding = [check for check in checks if check.verdict == verdict]
     reason = "; ".join(dict.fromkeys(check.reason for check in deciding)) if verdict != "pass" else "every limit holds"
@@ -237,6 +239,7 @@ def _report(
         checks=checks,
         figures=figures,
         accuracy=accuracy,
+        identical=identical,
         disturbed=measured.disturbed,
         machine=measured.machine,
         measuring=measuring_facts(measured, subjects, inputs, seed),
@@ -244,6 +247,15 @@ def _report(
         samples={subject.label: _samples(subject) for subject in subjects},
         notes=[*dict.fromkeys(notes)],
     )
+
+
+def _identical(subjects: Sequence[Subject]) -> bool:
+    """Whether both sides are the same files, run in the same way."""
+    base, head = subjects
+    ways = [
+        (one.target, one.main.facts["operating_point"], one.main.facts.get("execution_precision")) for one in subjects
+    ]
+    return ways[0] == ways[1] and base.digest() is not None and base.digest() == head.digest()
 
 
 def measuring_facts(measured: Measured, subjects: Sequence[Subject], inputs: str, seed: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""The first line of a benchmark: the one to remember. Capacity leads where it was looked for; else inferences per joule
-where they are measured, and CPU time where they are only modelled, with the modelled ones beside it.
+"""The first line of a benchmark: the one to remember. Capacity leads where it was looked for, then joules per request at
+the traffic that was asked about; else inferences per joule where they are measured, and CPU time where they are only
+modelled, with the modelled ones beside it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from perwatt.basis_words import uncertainty_words
 from perwatt.bench_words import CPU, WATT, figure_of, labelled, labels
 from perwatt.figure_words import change
 from perwatt.report_units import known, with_interval
-from perwatt.served_words import capacity_headline, joules_at_capacity
+from perwatt.served_words import capacity_headline, joules_at_capacity, traffic_headline
 
 if TYPE_CHECKING:
     from perwatt.bench_report import BenchReport
@@ -27,6 +28,9 @@ def headline(report: BenchReport) -> str:
     if capacity:
         joules = joules_at_capacity(report)
         return f"{capacity}, {joules} ({_label(report)})" if joules else capacity
+    traffic = traffic_headline(report)
+    if traffic:
+        return f"{labels(report)[0]}: {traffic} ({_label(report)})"
     if len(report.subjects) == 1:
         return f"{labels(report)[0]}: {_alone_words(report)}"
     return _compared_words(report)

@@ -84,8 +84,8 @@ class Entry:
 
     `ratio` is head ÷ base as measured in one job, `floor` how far two processes of the same model were apart in it.
     `previous` is the value of the entry before on the line, from an earlier job, `previous_low` and `previous_high` its
-    interval. `together`: that entry was this gate's base,
-    so `ratio` is the same change, better known."""
+    interval. `together`: that entry was this gate's base, so `ratio` is the same change, better known. `unchanged`: it was
+    of the same files."""
 
     created: str
     job: str
@@ -109,6 +109,7 @@ class Entry:
     previous_low: float | None = None
     previous_high: float | None = None
     together: bool = False
+    unchanged: bool = False
     chain: Chain | None = None
 
 
@@ -250,7 +251,8 @@ def _lines(rows: Iterable[sqlite3.Row]) -> dict[_Key, list[Entry]]:
             entry = replace(entry, chain=chain if identical else chain.extended(entry.ratio))
         if last is not None:
             entry = replace(entry, previous=last.value, previous_low=last.low, previous_high=last.high)
-            entry = replace(entry, together=base is not None and base == last.digest)
+            unchanged = entry.digest is not None and entry.digest == last.digest
+            entry = replace(entry, together=base is not None and base == last.digest, unchanged=unchanged)
         if entry.digest is not None and entry.chain is not None:
             chains[entry.digest] = entry.chain
         entries.append(entry)

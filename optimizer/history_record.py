@@ -164,6 +164,7 @@ def _subject(one: Subject) -> Row:
         "name": one.name or one.label,
         "label": one.label,
         "dirty": False,
+        "digest": one.digest,
         "target": one.target,
         "scenario": one.scenario,
         "operating_point": _json(one.operating_point),

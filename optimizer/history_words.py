@@ -212,6 +212,9 @@ def meaning(series: Series, entry: Entry) -> Change:
     ratio = across_jobs(entry)
     if ratio is None:
         return ""
+    if entry.unchanged and not kind.exact:
+        # The same files: what moved is the machine.
+        return "noise"
     verdict = judged(_figure(ratio), kind.better == "higher", SAME_WITHIN if kind.exact else SAME_BETWEEN_RUNS)
     if verdict in ("better", "worse") and _overlap(entry):
         return "noise"

@@ -130,9 +130,15 @@ def _explain(error: ValidationError) -> str:
     first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
     keys = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
+        if keys[0] in FIGURES:
+            return f"{keys[0]} belongs under limits: write limits: {{{keys[0]}: …}}"
         known = Limit.model_fields if keys[0] == "limits" else GateFile.model_fields
         return nearest(keys[-1], known, f"key in {'.'.join(keys[:-1]) or 'the file'}")
+    if keys[:2] == ["limits", "on_inconclusive"]:
+        return "on_inconclusive stands beside limits, not under it"
     message, given = first["msg"].removeprefix("Value error, "), first["input"]
+    if "Keys should be strings" in message:
+        return f"{'.'.join(keys[:-1])}: a comma ends a value: write decimals with a point, as 0.5"
     if first["type"] == "less_than":
         message = f"{given:.0%} is not below 100%: for {given:g} percent write {given:g}% or {given / 100:g}"
     if keys[-1:] == ["max_drop"] and isinstance(given, str):

@@ -6,6 +6,7 @@ pass. Accuracy drops are in points for accuracies (0.5 is half a percentage poin
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -239,6 +240,8 @@ def load(path: str | Path, what: str = "recipe", fix: str = "start from `optimiz
     import yaml
 
     path = Path(path)
+    if not path.exists():
+        raise missing_file(path, what)
     try:
         plain = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -248,6 +251,13 @@ def load(path: str | Path, what: str = "recipe", fix: str = "start from `optimiz
     if not isinstance(plain, dict):
         raise InputError(f"{path} is no {what}", fix=fix)
     return plain
+
+
+def missing_file(path: Path, what: str) -> InputError:
+    """The error for a file that is not there, with the nearest name that is."""
+    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return InputError(f"there is no {what} {path}", fix=f"did you mean {path.with_name(near[0])}?" if near else None)
 
 
 def dump(recipe: Recipe) -> str:

@@ -54,6 +54,8 @@ def traffic_rows(report: BenchReport) -> list[Row]:
         plainly("rate", "requests asked for", lambda t: rate_words(t.rate_per_s) + _of_items(t.items_per_request)),
         plainly("requests", "served", lambda t: f"{t.requests:,} in {duration(t.seconds)}"),
         energy,
+        measured("above_idle_j_per_request", "  its own, above idle", lambda t: t.above_idle_j_per_request),
+        measured("idle_j_per_request", "  its share of idle", lambda t: t.idle_j_per_request),
         measured("power_w", "power", lambda t: t.power_w),
         measured("idle_power_w", "idle power", lambda t: t.idle_power_w),
         _latencies("latency_p50_ms", "latency p50", found, 0.5),
@@ -135,6 +137,7 @@ def capacity_rows(report: BenchReport) -> list[Row]:
     joules = [None if capacity is None else capacity.energy_j_per_request for capacity in found]
     return [
         plainly("rate", "capacity", _rate_words),
+        plainly("failed_rate", "did not hold", lambda c: rate_words(c.failed_rate_per_s)),
         plainly("bound", "latency bound", bound_words),
         Row("latency_ms", f"latency {share} at that rate", "", [Cell(value) for value in reached]),
         plainly("utilisation", "utilisation there", lambda c: percent(c.utilisation)),
@@ -170,6 +173,16 @@ def capacity_headline(report: BenchReport) -> str:
     if known(capacity.rate_per_s) is None:
         return f"{name}: no rate of requests within {bound_words(capacity)}: {plain(capacity.ended)}"
     return f"{name}: {_rate_words(capacity)} within {bound_words(capacity)}"
+
+
+def traffic_headline(report: BenchReport) -> str:
+    """What a request takes at the traffic that was asked about, and what a million cost; of a single subject only."""
+    traffic = report.subjects[0].traffic if len(report.subjects) == 1 else None
+    if traffic is None or known(traffic.energy_j_per_request.value) is None:
+        return ""
+    said = f"{labelled([traffic.energy_j_per_request])[0][0]} per request at {rate_words(traffic.rate_per_s)}, idle included"
+    cost = _cost_words(traffic)
+    return said if cost == MISSING else f"{said}, {cost} per million"
 
 
 def joules_at_capacity(report: BenchReport) -> str:

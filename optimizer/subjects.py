@@ -20,18 +20,21 @@ from perwatt.artifact import Artifact
 from perwatt.bundle import digest_of, is_bundle, open_bundle
 from perwatt.contract import OperatingPoint, Scenario
 from perwatt.data import Samples
+from perwatt.datasets_source import WARNING
 from perwatt.errors import BackendError, InputError, TargetError
 from perwatt.isolation import Worker
 from perwatt.options import PLACES, build_recipe
 from perwatt.preparation import OFFLINE_BATCH, operating_point, read_model
 from perwatt.recipe import DataSection, Recipe
 from perwatt.sides import Side
-from perwatt.signature import Signature
+from perwatt.signature import Signature, TensorSpec
 from perwatt.synthetic import made_up, synthetic
 from perwatt.worker_load import TIMED_ITEMS
 
 DATA_OPTIONS = ("data", *(name for name, (section, _) in PLACES.items() if section == "data"))
 MODEL_OPTIONS = ("arch", "arch_args", "input", "trust")
+READ_AS = ("image", "resize", "normalize", "text", "label")
+"""How samples become inputs: a bundle's recipe says it, a model file says nothing."""
 MEMORY_FACTOR = 6
 """A process holds its model's files several times over while it compiles: more than this is not doubled."""
 
@@ -158,6 +161,7 @@ def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) 
     # Its own data, read in its own way, but for what the command says otherwise.
     recipe = build_recipe(path / "recipe.yaml", **_only(options, DATA_OPTIONS))
     recipe, notes = _without_code(recipe, options)
+    notes += _overridden(build_recipe(path / "recipe.yaml").data, recipe.data)
     point = _at(OperatingPoint(**program["operating_point"]), options)
     tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else None
     subject = Subject(
@@ -165,6 +169,16 @@ def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) 
         artifact=Artifact(path=path / "model.onnx", signature=bundle.signature), label2id=_label2id(tokenizer), notes=notes,
     )  # fmt: skip
     return subject, "load", {"folder": str(path / target), "signature": asdict(bundle.signature)}
+
+
+def _overridden(own: DataSection, asked: DataSection) -> list[str]:
+    """A bundle knows how its samples are to be read: what the command says otherwise is most likely a mistake."""
+    found = [(name, getattr(own, name), getattr(asked, name)) for name in READ_AS]
+    return [
+        f"{WARNING}the bundle's own recipe says {name} {theirs}, but --{name} {ours} was given"
+        for name, theirs, ours in found
+        if theirs is not None and ours != theirs
+    ]
 
 
 def _without_code(recipe: Recipe, options: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
@@ -266,17 +280,47 @@ def give_samples(subjects: Sequence[Subject], folder: Path, seed: int) -> str:
 
     The first subject's data serve those that name none. Real samples where a recipe or the command names some that are
     here, else made-up ones, the same for all whose inputs are the same."""
+    _read_alike(subjects)
     first = subjects[0]
     words = ""
     for number, subject in enumerate(subjects):
         same = next((s for s in subjects[:number] if _same_inputs(s, subject)), None)
         if same is not None:
             subject.roles, subject.samples = same.roles, same.samples
+            subject.notes.extend(note for note in same.notes if note.startswith(WARNING) and note not in subject.notes)
             continue
         found, said = _borrowed(subject, first, seed) if number else _timing_samples(subject, seed)
         words = words or said
         subject.samples = found.save(folder / f"samples-{number}")
     return words
+
+
+def _read_alike(subjects: Sequence[Subject]) -> None:
+    """Whoever does not say how samples are to be read takes it from a subject with the same inputs that does: one picture
+    normalised for base and not for head would make a guesser of the head."""
+    for subject in subjects:
+        for other in subjects:
+            if other is subject or other.recipe.inputs or subject.recipe.inputs or not _same_shapes(other, subject):
+                continue
+            ours, theirs = subject.recipe.data, other.recipe.data
+            found = {
+                n: getattr(theirs, n) for n in READ_AS if getattr(ours, n) is None and getattr(theirs, n) is not None
+            }
+            if found:
+                subject.recipe = subject.recipe.model_copy(update={"data": ours.model_copy(update=found)})
+                said = ", ".join(f"{name} {value}" for name, value in found.items())
+                subject.notes.append(f"samples are read as for {other.label}: {said}")
+
+
+def _same_shapes(a: Subject, b: Subject) -> bool:
+    """Whether the inputs are alike, whatever they are called."""
+    return [(one.dtype, _numbers(one)) for one in a.signature.inputs] == [
+        (one.dtype, _numbers(one)) for one in b.signature.inputs
+    ]
+
+
+def _numbers(spec: TensorSpec) -> list[int | None] | None:
+    return None if spec.shape is None else [dim if isinstance(dim, int) else None for dim in spec.shape]
 
 
 def _same_inputs(a: Subject, b: Subject) -> bool:
@@ -330,7 +374,8 @@ def _timing_samples(subject: Subject, seed: int) -> tuple[Samples, str]:
             if real is not None:
                 # No more than is timed: pages of a file that a process has mapped would count as its memory.
                 few = real.without_labels().take(max(TIMED_ITEMS, subject.point.batch))
-                return few, f"samples from {data.eval or data.all or data.calibrate or data.train}"
+                read = f", normalize {data.normalize}" if data.normalize else ""
+                return few, f"samples from {data.eval or data.all or data.calibrate or data.train}{read}"
     if subject.artifact is not None:
         return synthetic(subject.artifact, seed=seed), "made-up inputs"
     return made_up(subject.signature, seed=seed), "made-up inputs"

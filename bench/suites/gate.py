@@ -88,6 +88,9 @@ def bundles(folder: Path) -> dict[str, Path]:
             perwatt.optimize(path, target="openvino", out=out, **options)
         made[name] = out
     made["same"] = _copy(made["base"], folder / "same-cpu", {})
+    # Limits against the base hold by themselves where both sides are the same files: these differ by a comment.
+    graph = made["same"] / "openvino" / "model.xml"
+    graph.write_text(graph.read_text().rstrip() + "\n<!-- the same network in another file -->\n")
     made["one-thread"] = _copy(made["base"], folder / "one-thread-cpu", {"threads": 1})
     return made
 
@@ -219,19 +222,19 @@ def write(found: dict[str, dict[str, Any]]) -> None:
     """The summary and the page's table."""
     SUMMARY.write_text(json.dumps({"limit": LIMIT, "kinds": found, "missed": problems(found)}, indent=2) + "\n")
     words = {
-        "false-alarms": "a model against itself, a busy loop on the other core coming and going",
-        "power": "one more residual block and a 1×1 convolution",
-        "threads": "two threads instead of one (throughput)",
-        "truth": "the same head, measured for 90 s",
+        "false-alarms": ("a model against itself, a busy loop on the other core coming and going", "pass"),
+        "power": ("one more residual block and a 1×1 convolution", "fail"),
+        "threads": ("two threads instead of one (throughput)", "fail where they share a core"),
+        "truth": ("the head with one more block, measured for 90 s", "fail"),
     }
     rows = [
-        "| what | gates | failed | inconclusive | passed | ratio: median (least to most) | interval's width | s each "
-        "(most) | one ratio of means fails | Mann-Whitney fails |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| what | right answer | gates | failed | inconclusive | passed | ratio: median (least to most) | interval's width | "
+        "s each (most) | one ratio of means fails | Mann-Whitney fails |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for kind, one in found.items():
         rows.append(
-            f"| {words[kind]} | {one['gates']} | {one['failed']} | {one['inconclusive']} | {one['passed']} "
+            f"| {' | '.join(words[kind])} | {one['gates']} | {one['failed']} | {one['inconclusive']} | {one['passed']} "
             f"| {one['ratio_median']:.3f} ({one['ratio_least']:.3f} to {one['ratio_most']:.3f}) "
             f"| {100 * one['interval_width_median']:.1f} % | {one['seconds_median']:.1f} ({one['seconds_most']:.1f}) "
             f"| {one['single_ratio_failed']} | {one['mann_whitney_failed']} |"

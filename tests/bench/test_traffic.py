@@ -94,9 +94,15 @@ def test_rates_are_requests_a_second(text, per_s):
     assert parse_rate(text) == pytest.approx(per_s)
 
 
-@pytest.mark.parametrize("text", ["", "fast", "40/fortnight", "-3/s", "0", "0/min", "40 s", "4,0/s", "1e3/s", "nan"])
+@pytest.mark.parametrize("text", ["", "fast", "40/fortnight", "-3/s", "40 s", "4,0/s", "1e3/s", "nan"])
 def test_what_is_no_rate_is_refused_with_the_form_wanted(text):
-    with pytest.raises(InputError, match="is no rate of requests — write 40/s, 2400/min or 40"):
+    with pytest.raises(InputError, match="is no rate of requests — write 40/s, 2400/min, 90/h or 40"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize("text", ["0", "0/min"])
+def test_no_requests_at_all_are_no_traffic(text):
+    with pytest.raises(InputError, match="must be above 0"):
         parse_rate(text)
 
 

@@ -295,6 +295,10 @@ def some_traffic(**changes: Any) -> Traffic:
         "energy_j_per_request": Figure(
             value=0.171, unit="J", low=0.169, high=0.173, n=6, method="counter", boundary="package"
         ),
+        "above_idle_j_per_request": Figure(
+            value=0.001, unit="J", low=0.0009, high=0.0011, n=6, method="counter", boundary="package"
+        ),
+        "idle_j_per_request": Figure(value=0.17, unit="J", n=1, method="counter", boundary="package"),
         "power_w": Figure(value=1.72, unit="W", low=1.70, high=1.74, n=6, method="counter", boundary="package"),
         "idle_power_w": Figure(value=1.70, unit="W", low=1.69, high=1.71, n=6, method="counter", boundary="package"),
         "latency_p50_ms": 0.21, "latency_p99_ms": 0.52, "utilisation": 0.0012, "sustained": True,

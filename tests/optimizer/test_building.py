@@ -358,7 +358,7 @@ def test_code_of_a_clean_working_tree_counts_as_its_commit(repo: Path, prepared)
 
 def test_a_config_that_the_ref_lacks_suggests_a_bundle(repo: Path) -> None:
     (repo / "svc" / "new.yaml").write_text(RECIPE)
-    with pytest.raises(InputError, match=r"new\.yaml does not exist at v1 \([0-9a-f]{10}\) — give a bundle"):
+    with pytest.raises(InputError, match=r"new\.yaml does not exist at v1 \([0-9a-f]{10}\) — the change that brings"):
         resolve("git:v1", Path("new.yaml"))
 
 

@@ -170,6 +170,16 @@ def test_sizes_are_exact():
     )
 
 
+def test_the_same_files_hold_every_limit_against_the_base_whatever_the_noise():
+    found = compared(subject(1.0, 1), subject(1.2, 2))
+    asked = limits(cpu_s_per_inference={"max_increase": "5%", "max": 1e-6})
+    apart = judge(asked, found, None, "")
+    assert [check.verdict for check in apart] == ["fail", "fail"]
+    relative, absolute = judge(asked, found, None, "", identical=True)
+    assert (relative.verdict, relative.reason) == ("pass", "both sides are the same files, run in the same way")
+    assert absolute.verdict == "fail"
+
+
 def accuracy(drop, lost=9, gained=1, p=0.02):
     return ComparedAccuracy(metric="top1", unit="fraction", n=1000, base=0.9, head=0.9 - drop / 100, drop=drop, low=-1.0,
                             high=2.0, flips_lost=lost, flips_gained=gained, p_value=p)  # fmt: skip

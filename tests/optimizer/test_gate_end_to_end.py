@@ -15,7 +15,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 import perwatt
-from perwatt import bench_report, gate_report
+from perwatt import bench_report, gate_junit, gate_markdown, gate_report, gate_words
 from perwatt.errors import InputError, TargetError
 from perwatt.limits import GateFile
 
@@ -115,6 +115,7 @@ def test_the_same_model_passes_and_tells_how_it_was_measured_scripted_costs(here
     assert report.measuring["processes_per_side"] == 2
     assert report.measuring["inputs"] == "made-up inputs"
     assert report.base.digest == report.head.digest is not None
+    assert report.identical and gate_words.headline(report) == "both sides are the same files, run in the same way"
     assert report.machine["digest"] and report.machine["fingerprint"]
     assert report.figures["size_bytes"].ratio.value == 1.0
     assert not (here / "history.sqlite").exists(), "a library call records nothing by itself"
@@ -146,6 +147,40 @@ def test_two_models_that_guess_are_no_pass_scripted_costs(here: Path) -> None:
     report = gated("net.onnx", "net.onnx", asked, eval="shuffled.npz")
     assert (report.verdict, report.accuracy.drop) == ("inconclusive", 0.0)
     assert "normalisation" in report.reason and report.accuracy.chance in report.reason
+
+
+def pictures(folder: Path, count: int = 24) -> Path:
+    """Bytes, and fewer of them than anything is said about chance."""
+    x = np.random.default_rng(3).integers(0, 256, (count, 1, 8, 8), np.uint8)
+    np.savez(folder / "pictures.npz", x=x, labels=np.arange(count) % 4)
+    return folder / "pictures.npz"
+
+
+@pytest.mark.parametrize("sides", [("bundle", "net.onnx"), ("net.onnx", "bundle")])
+def test_a_model_file_is_fed_as_the_bundle_beside_it_scripted_costs(here: Path, sides) -> None:
+    pictures(here)
+    perwatt.optimize(
+        "net.onnx", target="null", eval="pictures.npz", normalize="0.5/0.5", out="bundle", passes="fold-batchnorm"
+    )
+    report = gated(*sides, {"limits": {"accuracy": {"max_drop": 0.5}}}, eval="pictures.npz")
+    assert report.accuracy is not None and report.accuracy.base == report.accuracy.head
+    file = report.base if sides[0] == "net.onnx" else report.head
+    assert any("read as for" in note and "normalize 0.5/0.5" in note for note in file.notes)
+    assert "normalize 0.5/0.5" in report.measuring["inputs"]
+    assert not report.identical
+
+
+def test_a_reading_that_contradicts_the_bundle_is_a_warning_scripted_costs(here: Path) -> None:
+    pictures(here)
+    perwatt.optimize(
+        "net.onnx", target="null", eval="pictures.npz", normalize="0.5/0.5", out="bundle", passes="fold-batchnorm"
+    )
+    report = gated("bundle", "bundle", target=None, normalize="unit")
+    assert report.identical
+    [said] = gate_words.warnings(report)
+    assert said.startswith("base and head: the bundle's own recipe says normalize 0.5/0.5")
+    assert said in gate_markdown.render(report).replace("\\", "") and said in gate_junit.render(report)
+    assert not gate_words.warnings(gated("bundle", "bundle", target=None))
 
 
 def test_data_that_would_calibrate_is_said_to_be_unused_scripted_costs(here: Path) -> None:

@@ -70,6 +70,9 @@ def test_amounts_carry_units(figure, value, wanted):
         ("limits: {power_w: {max_increase: -5%}}", "no fraction"),
         ("on_inconclusive: pass", "limits"),
         ("[1]", "no file of limits"),
+        ("limits: {accuracy: {max_drop: 0,5}}", "write decimals with a point"),
+        ("limits: {power_w: {max: 3}, on_inconclusive: pass}", "stands beside limits"),
+        ("power_w: {max: 3}", "belongs under limits"),
         ("limits: {power_w: {max_increase: 5}}", "for 5 percent write 5% or 0.05"),
         ("limits: {accuracy: {max_drop: 0.5%}}", "write 0.5 (points"),
         ("limits: {power_w: {max: 3}}\non_inconclusive: maybe", "on_inconclusive"),
@@ -99,3 +102,9 @@ def test_a_bound_that_no_fraction_reaches_is_refused_once_the_metric_is_known(tm
     assert "write 90% or 0.9" in str(caught.value.fix)
     check_accuracy_limit(limits, "metric")
     check_accuracy_limit(read_limits(written(tmp_path, "limits: {accuracy: {min: 90%}}")), "fraction")
+
+
+def test_a_misspelt_file_names_the_nearest(tmp_path):
+    written(tmp_path, WHOLE)
+    with pytest.raises(InputError, match=r"there is no file of limits .*gat\.yaml — did you mean .*gate\.yaml"):
+        read_limits(tmp_path / "gat.yaml")

@@ -158,7 +158,7 @@ def test_no_model_is_told():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "can't read the recipe"),
+        (None, "there is no recipe"),
         ("a: [", "is not YAML"),
         ("just text", "is no recipe — start from"),
         ("", "is no recipe"),
