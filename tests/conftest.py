@@ -1,5 +1,6 @@
 """Fixtures and options of all tests. Modules beside this file (`models`, `nets`) can be imported by name."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,10 @@ from hypothesis import settings
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
+
+# A shell that runs the tests in the background has Ctrl-C ignored, and whatever they start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and no clock: a slow machine is no failure.
 settings.register_profile("perwatt", deadline=None, derandomize=True, max_examples=15, database=None)
