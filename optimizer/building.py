@@ -29,7 +29,6 @@ from functools import cache as once
 from pathlib import Path
 
 from perwatt import building_git as repositories
-from perwatt import registry
 from perwatt.building_cache import Cache, default_folder, entry_name, external_weights, from_environment, named_files
 from perwatt.building_cache import path_of as path_in_recipe
 from perwatt.building_git import Repository
@@ -38,6 +37,7 @@ from perwatt.errors import BackendError, InputError, PerwattError, TargetError
 from perwatt.isolation import workspace
 from perwatt.options import build_recipe
 from perwatt.recipe import Recipe, missing_file
+from perwatt.subjects import owner_of
 
 GIT = "git:"
 WORKING_TREE = "working tree"
@@ -128,14 +128,9 @@ def _as_given(spec: str) -> Path:
     path = Path(spec)
     if not path.exists() and _is_ref(spec):
         raise InputError(f"there is no bundle {spec}", fix=f"the git ref is written {GIT}{spec}")
-    if not is_bundle(path) and not _own_format(path):
+    if not is_bundle(path) and owner_of(path) is None:
         detect(path)
     return path
-
-
-def _own_format(path: Path) -> bool:
-    """Whether it is a model file of some backend's own."""
-    return path.is_file() and any(path.suffix in registry.target(name).formats for name in registry.names("targets"))
 
 
 def _is_ref(spec: str) -> bool:

@@ -129,7 +129,7 @@ def _open(
 
 def _same_question(subjects: Sequence[Subject]) -> None:
     """Both sides must be asked the same thing: scenario and batch."""
-    base, head = ({**subject.main.facts["operating_point"]} for subject in subjects)
+    base, head = (subject.main.facts["operating_point"] for subject in subjects)
     if any(base[key] != head[key] for key in ("scenario", "batch")):
         raise InputError(
             f"base runs {base['scenario']} at batch {base['batch']}, head {head['scenario']} at batch {head['batch']}",

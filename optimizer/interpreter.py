@@ -131,7 +131,7 @@ class _Builder:
             # What a subgraph is given may be a number: a trip count, a shape.
             self.may_be_host.add(place)
         for value, constant in constants.items():
-            scope[value] = constant.again(lambda array, name: self._constant_of(array, name, made, root))
+            scope[value] = self._constant_of(constant.array, constant.name, made, root)
         for value in graph.initializers.values():
             scope[id(value)] = self._constant(value.const_value, str(value.name), made, root)
         for node in graph:
@@ -146,11 +146,7 @@ class _Builder:
         version = self.opsets.get(node.domain, 1)
         operator = find(node.domain, node.op_type, version)
         assert operator is not None
-        if (
-            self.straight_through
-            and operator.name == "DequantizeLinear"
-            and self._fake_quantized(node, scope, made, version)
-        ):
+        if self.straight_through and operator.name == "DequantizeLinear" and self._fake_quantized(node, scope, made):
             return
         arguments = [
             None
@@ -177,7 +173,7 @@ class _Builder:
                 if operator.may_give_host:
                     self.may_be_host.add(item)
 
-    def _fake_quantized(self, node: Any, scope: dict[int, Any], made: fx.Graph, version: int) -> bool:
+    def _fake_quantized(self, node: Any, scope: dict[int, Any], made: fx.Graph) -> bool:
         """Q and DQ of one scale as one operator that gradients pass."""
         before = node.inputs[0].producer()
         if before is None or before.op_type != "QuantizeLinear" or not _same_scale(before, node):
@@ -245,19 +241,12 @@ class _Builder:
 
 
 class _Constant:
-    """An initializer or Constant: its node is made where a tensor is wanted, and once."""
+    """An initializer or Constant: `node` makes its node, where a tensor is wanted."""
 
-    def __init__(self, array: torch.Tensor, name: str, make: Callable[[], fx.Node]) -> None:
+    def __init__(self, array: torch.Tensor, name: str, node: Callable[[], fx.Node]) -> None:
         self.host = values.host_of(array)
         self.numbers = values.numbers_of(array)
-        self._array, self._name, self._make = array, name, make
-
-    def again(self, make: Callable[[torch.Tensor, str], _Constant]) -> _Constant:
-        """The same constant in another graph."""
-        return make(self._array, self._name)
-
-    def node(self) -> fx.Node:
-        return self._make()
+        self.array, self.name, self.node = array, name, node
 
 
 def _declared(value: Any, kind: torch.dtype | None, like: torch.Tensor | None) -> Any:

@@ -83,9 +83,3 @@ def find(domain: str, name: str, version: int) -> Operator | None:
     _load()
     fitting = [one for one in _TABLE.get(("" if domain == "ai.onnx" else domain, name), []) if one.since <= version]
     return fitting[-1] if fitting else None
-
-
-def claimed() -> list[Operator]:
-    """Every operator of the table, by domain, name and version."""
-    _load()
-    return [one for _, versions in sorted(_TABLE.items()) for one in versions]

@@ -66,7 +66,7 @@ def alike(*found: Any) -> tuple[Any, ...]:
     does not know whether it was int32, int64 or half a float. All host: as `tensors`."""
     like = next((value for value in found if isinstance(value, torch.Tensor)), None)
     if like is None:
-        return tuple(as_tensor(value) for value in found)
+        return tensors(*found)
     return tuple(_typed(value, like) if is_host(value) else value for value in found)
 
 

@@ -110,10 +110,11 @@ def check_accuracy_limit(limits: GateFile, unit: str) -> None:
     limit = limits.limits.get("accuracy")
     for key in ("max", "min"):
         asked = getattr(limit, key, None)
-        if unit == "fraction" and asked is not None and amount("accuracy", asked) > 1:
+        value = None if asked is None else amount("accuracy", asked)
+        if unit == "fraction" and value is not None and value > 1:
             raise InputError(
                 f"limits.accuracy.{key}: {asked} is more than any accuracy can be",
-                fix=f"write {asked:g}% or {asked / 100:g}",
+                fix=f"write {value:g}% or {value / 100:g}",
             )
 
 

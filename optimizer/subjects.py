@@ -100,7 +100,7 @@ def open_subject(
         raise InputError(f"there is no {path}", fix="give a bundle, a model file or a Hugging Face folder")
     if is_bundle(path):
         subject, operation, parameters = _bundle(path, label, options, checks)
-    elif owner := _owner(path):
+    elif owner := owner_of(path):
         subject, operation, parameters = _own_file(path, label, options, owner, checks)
     else:
         subject, operation, parameters = _model(path, label, options, folder, checks)
@@ -159,9 +159,10 @@ def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) 
     if not (path / target).is_dir():
         raise InputError(f"the bundle {path} is damaged: it has no folder {target}", fix="make it anew")
     # Its own data, read in its own way, but for what the command says otherwise.
-    recipe = build_recipe(path / "recipe.yaml", **_only(options, DATA_OPTIONS))
+    own, asked_for = build_recipe(path / "recipe.yaml"), _only(options, DATA_OPTIONS)
+    recipe = build_recipe(path / "recipe.yaml", **asked_for) if asked_for else own
     recipe, notes = _without_code(recipe, options)
-    notes += _overridden(build_recipe(path / "recipe.yaml").data, recipe.data)
+    notes += _overridden(own.data, recipe.data)
     point = _at(OperatingPoint(**program["operating_point"]), options)
     tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else None
     subject = Subject(
@@ -202,7 +203,7 @@ def _label2id(tokenizer: Path | None) -> dict[str, int] | None:
     return {str(name): int(number) for name, number in found.items()} if isinstance(found, dict) else None
 
 
-def _owner(path: Path) -> str | None:
+def owner_of(path: Path) -> str | None:
     """The target whose own format this file is in, None where it is none's."""
     if not path.is_file() or not path.suffix:
         return None

@@ -100,6 +100,9 @@ def test_a_bound_that_no_fraction_reaches_is_refused_once_the_metric_is_known(tm
     with pytest.raises(InputError) as caught:
         check_accuracy_limit(limits, "fraction")
     assert "write 90% or 0.9" in str(caught.value.fix)
+    for_text = read_limits(written(tmp_path, "limits: {accuracy: {min: 150%}}"))
+    with pytest.raises(InputError, match="150% is more than any accuracy can be"):
+        check_accuracy_limit(for_text, "fraction")
     check_accuracy_limit(limits, "metric")
     check_accuracy_limit(read_limits(written(tmp_path, "limits: {accuracy: {min: 90%}}")), "fraction")
 
