@@ -13,15 +13,17 @@ only, and is refused.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from perwatt.bench.sampling import Sampler, changes, integrate, refresh_period
 from perwatt.contract import Meter
+from perwatt.errors import TargetError
 from perwatt.measurement import Boundary, Method, Reading, Window
 
 Source = Literal["auto", "counter", "power"]
@@ -33,6 +35,8 @@ POWER_INTERVAL_S = 0.02
 
 AVERAGING_S = 1.0
 """Over how long the driver averages the power that it reports, at most (NVML's documentation of GetPowerUsage)."""
+
+_WHOLE_BOARD = "its counters and limits are those of the whole board: use an external meter, and leave the limits alone"
 
 
 @dataclass(frozen=True)
@@ -118,39 +122,20 @@ class Nvml(Meter):
     def close(self) -> None:
         self._end_sampler()
         if self._nvml is not None:
-            self._try(self._nvml.nvmlShutdown)
+            with contextlib.suppress(self._nvml.NVMLError):
+                self._nvml.nvmlShutdown()
             self._nvml = None
             self._gpus = []
 
     def _open(self) -> Iterator[str]:
         """Find the GPUs and settle which sensor is read; yields reasons why that can't be done."""
         try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            yield "the package nvidia-ml-py is not installed: `pip install nvidia-ml-py`"
+            self._nvml, self._gpus = open_gpus(self.indices)
+        except TargetError as error:
+            yield error.message
             return
-        try:
-            nvml.nvmlInit()
-        except nvml.NVMLError as error:
-            yield f"NVML does not start ({error}): install the NVIDIA driver; in a container, give it the GPUs (`--gpus all`)"
-            return
-        self._nvml = nvml
-        try:
-            self._driver = _words(nvml.nvmlSystemGetDriverVersion())
-            self._gpus = [self._gpu(handle, number) for number, handle in self._handles()]
-        except nvml.NVMLError as error:
-            yield f"NVML finds no such GPU ({error}); `nvidia-smi -L` lists them"
-            return
-        except ValueError as error:
-            yield str(error)
-            return
-        if not self._gpus:
-            yield "no NVIDIA GPU is visible; `nvidia-smi -L` lists them"
-            return
-        split = [gpu.label for gpu in self._gpus if self._is_split(gpu)]
-        if split:
-            yield f"{', '.join(split)} is split by MIG, and its counters cover the whole board: use an external meter"
-            return
+        with contextlib.suppress(self._nvml.NVMLError):
+            self._driver = words(self._nvml.nvmlSystemGetDriverVersion())
         yield from self._settle()
 
     def _settle(self) -> Iterator[str]:
@@ -193,41 +178,6 @@ class Nvml(Meter):
             if milliwatts <= 0:
                 return f"{gpu.label} reports a power of 0 W"
         return None
-
-    def _handles(self) -> Iterator[tuple[str, Any]]:
-        """(number or name, NVML handle) of each GPU that counts. Raises NVMLError, and ValueError for a name that is none."""
-        by_index, by_uuid = self._nvml.nvmlDeviceGetHandleByIndex, self._nvml.nvmlDeviceGetHandleByUUID
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if self.indices is not None:
-            names = [str(index) for index in self.indices]
-        elif visible is not None:
-            names = [name.strip() for name in visible.split(",") if name.strip()]
-        else:
-            names = [str(index) for index in range(self._nvml.nvmlDeviceGetCount())]
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"GPU {repeated[0]} is named twice")
-        for name in names:
-            if name.startswith("MIG-"):
-                raise ValueError(
-                    f"{name} is a slice of a GPU, and its counters cover the whole board: use an external meter"
-                )
-            if name == "-1":
-                return
-            yield name, by_index(int(name)) if name.isdigit() else by_uuid(name)
-
-    def _gpu(self, handle: Any, number: str) -> Gpu:
-        return Gpu(f"GPU {number} ({_words(self._nvml.nvmlDeviceGetName(handle))})", handle)
-
-    def _is_split(self, gpu: Gpu) -> bool:
-        mode = self._try(lambda: self._nvml.nvmlDeviceGetMigMode(gpu.handle))
-        return mode is not None and mode[0] == self._nvml.NVML_DEVICE_MIG_ENABLE
-
-    def _try(self, ask: Callable[[], Any]) -> Any:
-        """What NVML answers; None where it refuses."""
-        try:
-            return ask()
-        except self._nvml.NVMLError:
-            return None
 
     def _energy_mj(self, gpu: Gpu) -> int:
         return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(gpu.handle))
@@ -298,6 +248,69 @@ class Nvml(Meter):
             self._sampler = None
 
 
-def _words(text: str | bytes) -> str:
+def open_gpus(indices: tuple[int, ...] | None) -> tuple[Any, list[Gpu]]:
+    """The bindings of NVML, started, and the GPUs at `indices` (None: those of CUDA_VISIBLE_DEVICES, else all). Who
+    opens them ends with `nvmlShutdown`. Raises TargetError that says why they can't be had; NVML is shut down then."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        raise TargetError("the package nvidia-ml-py is not installed: `pip install nvidia-ml-py`") from None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        raise TargetError(
+            f"NVML does not start ({error}): install the NVIDIA driver; in a container, give it the GPUs (`--gpus all`)"
+        ) from None
+    try:
+        return nvml, _whole_gpus(nvml, indices)
+    except BaseException:
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+        raise
+
+
+def _whole_gpus(nvml: Any, indices: tuple[int, ...] | None) -> list[Gpu]:
+    try:
+        gpus = [
+            Gpu(f"GPU {name} ({words(nvml.nvmlDeviceGetName(handle))})", handle)
+            for name, handle in _handles(nvml, indices)
+        ]
+    except nvml.NVMLError as error:
+        raise TargetError(f"NVML finds no such GPU ({error}); `nvidia-smi -L` lists them") from None
+    if not gpus:
+        raise TargetError("no NVIDIA GPU is visible; `nvidia-smi -L` lists them")
+    if split := [gpu.label for gpu in gpus if _is_split(nvml, gpu)]:
+        raise TargetError(f"{', '.join(split)} is split by MIG, and {_WHOLE_BOARD}")
+    return gpus
+
+
+def _handles(nvml: Any, indices: tuple[int, ...] | None) -> Iterator[tuple[str, Any]]:
+    """(number or name, NVML handle) of each GPU that counts. Raises NVMLError, and TargetError for a name that is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if indices is not None:
+        names = [str(index) for index in indices]
+    elif visible is not None:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+    else:
+        names = [str(index) for index in range(nvml.nvmlDeviceGetCount())]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise TargetError(f"GPU {repeated[0]} is named twice")
+    for name in names:
+        if name.startswith("MIG-"):
+            raise TargetError(f"{name} is a slice of a GPU, and {_WHOLE_BOARD}")
+        if name == "-1":
+            return
+        by = nvml.nvmlDeviceGetHandleByIndex if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID
+        yield name, by(int(name) if name.isdigit() else name)
+
+
+def _is_split(nvml: Any, gpu: Gpu) -> bool:
+    try:
+        return bool(nvml.nvmlDeviceGetMigMode(gpu.handle)[0] == nvml.NVML_DEVICE_MIG_ENABLE)
+    except nvml.NVMLError:
+        return False
+
+
+def words(text: str | bytes) -> str:
     """Older bindings answer in bytes."""
     return text.decode() if isinstance(text, bytes) else text

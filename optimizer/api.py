@@ -13,8 +13,10 @@ from perwatt.bundle import Bundle, open_bundle
 from perwatt.compilation import compile_model, out_folder
 from perwatt.contract import OperatingPoint, Program
 from perwatt.errors import InputError, TargetError
+from perwatt.fronts import pick
 from perwatt.isolation import Worker
 from perwatt.options import build_recipe
+from perwatt.portable import recipe_for
 from perwatt.preparation import read_model
 from perwatt.reading import Reading
 from perwatt.signature import Array, Batch, Signature
@@ -39,7 +41,7 @@ def optimize(
 
     Raises InputError for what was given, TargetError where the target can't be used here, BackendError where a backend
     fails on this model. A budget that can't be met is no error: `bundle.outcome` says `budget_not_met`."""
-    recipe = build_recipe(config, model=str(model) if model is not None else None, target=target, **options)
+    recipe = recipe_for(config, model=str(model) if model is not None else None, target=target, **options)
     return compile_model(recipe, out_folder(recipe, out), force=force, progress=progress or (lambda stage, share: None))
 
 
@@ -89,17 +91,22 @@ class Model:
         return self._program.run(batch)
 
 
-def load(bundle: str | Path | Bundle) -> Model:
-    """Load a bundle's program at its operating point. Raises InputError for a folder that is none, TargetError where
-    its backend is missing here."""
+def load(bundle: str | Path | Bundle, *, rate: float | None = None, p99_ms: float | None = None) -> Model:
+    """Load a bundle's program at its operating point, or at the one of its front that costs least for the load at hand:
+    `rate` inferences a second, 99 % of calls within `p99_ms`, the time that a batch takes to fill up included.
+    `facts["operating_point"]` says which batch to gather.
+
+    Raises InputError for a folder that is no bundle, or where no point serves such a load; TargetError where its backend
+    is missing here."""
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     facts = opened.program
     target = registry.target(facts["target"])
     missing = target.missing()
     if missing:
         raise TargetError(f"{facts['target']} can't be used here: {'; '.join(missing)}")
-    point = OperatingPoint(**facts["operating_point"])
-    return Model(target.load(opened.path / facts["target"], opened.signature, point))
+    wanted = facts if rate is None and p99_ms is None else pick(facts.get("front", []), rate, p99_ms)
+    point = OperatingPoint(**wanted["operating_point"])
+    return Model(target.load(opened.path / target.name(), opened.signature, point))
 
 
 __all__ = ["Model", "Reading", "load", "optimize", "read"]

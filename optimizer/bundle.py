@@ -268,10 +268,15 @@ def write_json(path: Path, plain: Any) -> None:
 
 
 def program_json(
-    target: str, signature: Signature, facts: dict[str, Any], preprocessing: dict[str, Any] | None = None
+    target: str,
+    signature: Signature,
+    facts: dict[str, Any],
+    preprocessing: dict[str, Any] | None = None,
+    front: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """What a loader needs to know to run the saved program at its operating point. `preprocessing` is how uint8 pictures
-    were made into its inputs: mean and std of 0..1 values (None: 0..255 as it is)."""
+    were made into its inputs: mean and std of 0..1 values (None: 0..255 as it is). `front`: other operating points, with
+    what was measured at each."""
     return {
         "target": target,
         "signature": asdict(signature),
@@ -280,7 +285,17 @@ def program_json(
         "operating_point": facts["operating_point"],
         "settings": facts.get("settings", {}),
         "preprocessing": preprocessing,
+        "front": list(front),
     }
+
+
+def cache_folder(name: str) -> Path | None:
+    """A folder of perwatt's in the user's cache folder; None where there is no home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "perwatt" / name
+    except RuntimeError:
+        return None
 
 
 def write_text(path: Path, text: str) -> None:

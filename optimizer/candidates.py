@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from perwatt import metrics, registry
 from perwatt.artifact import Artifact
+from perwatt.backends import Backend
 from perwatt.contract import OperatingPoint
 from perwatt.measurement import Ratio
 from perwatt.pipeline import Pipeline, Row
@@ -21,6 +22,8 @@ class Branch:
     artifact: Artifact
     rows: tuple[Row, ...] = ()
     lossy: bool = False
+    judged: bool = False
+    """Its accuracy was judged where it was made, by the reference: of use where there are no samples to judge it again."""
 
     def applied(self) -> list[str]:
         """Names of the passes that changed this graph."""
@@ -29,10 +32,13 @@ class Branch:
 
 @dataclass
 class Candidate:
-    """A graph at an operating point, with what was found out about it."""
+    """A graph on a backend at an operating point, with what was found out about it. `tuned`: its operating point was
+    found by measuring, rather than being the backend's default."""
 
     branch: Branch
     point: OperatingPoint
+    backend: Backend
+    tuned: bool = False
     verdict: Literal["shipped", "runner-up", "rejected"] = "runner-up"
     reason: str = ""
     ratios: dict[str, Ratio] = field(default_factory=dict)
@@ -41,11 +47,13 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """What a person would call it: `quantize-int8, rest in bf16`."""
+        """What a person would call it: `quantize-int8, floating point in bf16 on openvino`."""
         lossy = [name for name in self.branch.applied() if registry.pass_class(name).tolerance is None]
         changed = self.branch.applied()
         graph = ", ".join(lossy) or ("cleaned graph" if changed else "original graph")
-        return f"{graph}, floating point in {self.point.floating_precision or 'the default'}"
+        where = "" if self.backend.alone else f" on {self.backend.name}"
+        tuned = f" at {self.point.words()}" if self.tuned else ""
+        return f"{graph}, floating point in {self.point.floating_precision or 'the default'}{where}{tuned}"
 
 
 def explore(pipeline: Pipeline, source: Artifact, steps: Sequence[PassStep | OneOf]) -> list[Branch]:
@@ -120,15 +128,23 @@ def leaves_float32(artifact: Artifact) -> bool:
 
 
 def gain_of(candidate: Candidate) -> Ratio:
-    """Original ÷ candidate in CPU seconds per inference; above 1 the candidate does more."""
-    found = candidate.ratios.get("cpu_s_per_inference")
-    return found.inverse() if found is not None else Ratio(None)
+    """How much more inferences the candidate does than the original for what they cost; above 1 it does more."""
+    return cost_in(candidate.ratios, candidate.backend).inverse()
+
+
+def cost_in(ratios: Mapping[str, Ratio], backend: Backend) -> Ratio:
+    """What decides, as a ratio of costs: CPU seconds per inference on a CPU; on a GPU joules where they were counted,
+    else time per inference."""
+    if backend.device == "cpu":
+        return ratios.get("cpu_s_per_inference", Ratio(None))
+    energy = ratios.get("energy_j_per_inference", Ratio(None))
+    return energy if energy.value is not None else ratios.get("throughput_per_s", Ratio(None)).inverse()
 
 
 def cost_of(candidate: Candidate) -> float:
-    """Candidate ÷ original in CPU seconds per inference; infinite where it was not measured."""
-    found = candidate.ratios.get("cpu_s_per_inference")
-    return found.value if found is not None and found.value is not None else float("inf")
+    """Candidate ÷ original in what decides; infinite where it was not measured."""
+    found = cost_in(candidate.ratios, candidate.backend)
+    return found.value if found.value is not None else float("inf")
 
 
 def promising(candidate: Candidate, min_gain: float) -> bool:
@@ -137,20 +153,19 @@ def promising(candidate: Candidate, min_gain: float) -> bool:
     return gain.value is not None and (gain.high or gain.value) >= 1 + min_gain and gain.value > 1
 
 
-def clearly_better(candidate: Candidate, min_gain: float) -> bool:
-    """Whether the interval lies above 1 and the estimate holds the least gain."""
-    gain = gain_of(candidate)
-    return gain.low is not None and gain.value is not None and gain.low > 1 and gain.value >= 1 + min_gain
-
-
-def no_gain_text(gain: Ratio, min_gain: float) -> str:
+def no_gain_text(gain: Ratio, min_gain: float, rate_words: str) -> str:
     """Why a gain is not worth shipping."""
     if gain.value is None:
         return "its speed could not be measured"
     if gain.value <= 1:
-        return f"no gain: {ratio_text(gain)} of the original's inferences per CPU second"
+        return f"no gain: {ratio_text(gain)} of the original's {rate_words}"
     least = f"{min_gain:.0%} is the least worth keeping"
-    return f"gain too small or too uncertain: {ratio_text(gain)} of the original's inferences per CPU second, {least}"
+    return f"gain too small or too uncertain: {ratio_text(gain)} of the original's {rate_words}, {least}"
+
+
+def enough(gain: Ratio, min_gain: float) -> bool:
+    """Whether the interval lies above 1 and the estimate holds the least gain."""
+    return gain.low is not None and gain.value is not None and gain.low > 1 and gain.value >= 1 + min_gain
 
 
 def ratio_text(ratio: Ratio) -> str:

@@ -1,4 +1,4 @@
-"""What there is: passes and targets, in words, from their own docstrings and from what they say of this machine."""
+"""What passes there are, in words, from their own docstrings. Targets have a doctor: `perwatt.doctor`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 from perwatt import registry
 from perwatt.contract import Pass
-from perwatt.errors import PerwattError
-from perwatt.isolation import Worker
 
 
 def all_passes() -> list[dict[str, Any]]:
@@ -66,41 +64,3 @@ def as_text(entry: dict[str, Any] | list[dict[str, Any]]) -> str:
         [f"{entry['name']} ({entry['stage']})", "", entry["documentation"], "", "Settings and defaults:", *settings, "",
          entry["settings_documentation"] or "", "", f"Tolerance: {promise}"]
     )  # fmt: skip
-
-
-def all_targets() -> list[dict[str, Any]]:
-    """Every target, asked in a worker: usable or what is missing, versions, what it rewards."""
-    entries = []
-    aliases = {serves: alias for alias, found in registry.ALIASES.items() for serves in found}
-    for name in registry.names("targets"):
-        with Worker(name) as worker:
-            try:
-                facts = worker.call("target", name=name)
-            except PerwattError as error:
-                facts = {"missing": [str(error)], "capabilities": None, "versions": {}}
-        summary = " ".join((registry.target(name).__doc__ or "").strip().split("\n\n")[0].split())
-        entries.append({"name": name, "alias": aliases.get(name), "summary": summary, **facts})
-    return entries
-
-
-def targets_text(entries: list[dict[str, Any]]) -> str:
-    """The list for a terminal."""
-    lines: list[str] = []
-    for entry in entries:
-        mark = "✗" if entry["missing"] else "✓"
-        versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-        name = f"{entry['alias']} → {entry['name']}" if entry["alias"] else entry["name"]
-        lines.append(f"{mark} {name}  {versions}  {entry['summary']}")
-        lines += [f"    missing: {reason}" for reason in entry["missing"]]
-        found = entry["capabilities"]
-        if found:
-            precisions = ", ".join(found["floating_precisions"])
-            lines.append(f"    floating precision: {precisions} (the first is the backend's default)")
-            if found["isa"]:
-                lines.append(f"    instruction sets: {', '.join(found['isa'])}")
-            if found["quantization_styles"]:
-                lines.append(f"    int8: {', '.join(style['name'] for style in found['quantization_styles'])}")
-            if found["channel_multiples"]:
-                pays = ", ".join(f"{kind} {multiple}" for kind, multiple in found["channel_multiples"].items())
-                lines.append(f"    channels pay in multiples of: {pays}")
-    return "\n".join(lines)

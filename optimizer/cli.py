@@ -21,13 +21,16 @@ from perwatt.cli_options import (
     BUDGET,
     CONFIG,
     MODEL,
+    ON,
     POINT,
     RUN,
     SAMPLES,
     SCENARIO,
     TARGET,
     TRAINING,
+    TUNING,
     complete_pass,
+    complete_target,
     with_options,
 )  # fmt: skip
 
@@ -113,14 +116,14 @@ def cli() -> None:
 
 @cli.command("run", hidden=True)
 @click.argument("model", required=False, type=click.Path())
-@with_options(TARGET, CONFIG, SAMPLES, TRAINING, BUDGET, SCENARIO, POINT, MODEL, RUN)
+@with_options(TARGET, ON, CONFIG, SAMPLES, TRAINING, BUDGET, SCENARIO, POINT, TUNING, MODEL, RUN)
 def run(model: str | None, **flags: Any) -> None:
     """Optimize MODEL."""
-    from perwatt.options import build_recipe
+    from perwatt.portable import recipe_for
 
     shown = {name: flags.pop(name) for name in ("as_json", "quiet", "verbose", "dry_run", "force", "out", "config")}
     options = {name.rstrip("_"): value for name, value in flags.items()}
-    recipe = build_recipe(shown["config"], model=model, **options)
+    recipe = recipe_for(shown["config"], model=model, **options)
     from perwatt.compilation import out_folder
 
     out = out_folder(recipe, shown["out"])
@@ -130,6 +133,8 @@ def run(model: str | None, **flags: Any) -> None:
     mode = "silent" if shown["quiet"] or shown["as_json"] else ("lines" if shown["verbose"] else "bar")
     bundle = _compile(recipe, out, shown["force"], mode)
     report = bundle.report
+    if bundle.outcome == "portable":
+        _not_here(bundle, shown)
     if shown["as_json"]:
         click.echo(json.dumps(report, indent=2))
     elif not shown["quiet"]:
@@ -139,6 +144,17 @@ def run(model: str | None, **flags: Any) -> None:
         print_report(Report.model_validate(report), bundle.path, verbose=shown["verbose"])
     if bundle.outcome == "budget_not_met":
         raise SystemExit(3)
+
+
+def _not_here(bundle: Any, shown: dict[str, Any]) -> None:
+    """Tell of a portable bundle, and end with the code of a target that can't be used here."""
+    from perwatt.portable import words
+
+    if shown["as_json"]:
+        click.echo(json.dumps(bundle.report, indent=2))
+    elif not shown["quiet"]:
+        click.echo("\n".join(words(bundle)))
+    raise SystemExit(4)
 
 
 def _compile(recipe: Any, out: Path, force: bool, mode: Any) -> Any:
@@ -167,7 +183,7 @@ def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
     from perwatt.reading import detect
 
     steps = resolve_steps(recipe)
-    registry.target(recipe.target.name)
+    registry.serving(recipe.target.name)
     check_destination(out, model_name(recipe), shown["force"], inputs_of(recipe))
     for where in inputs_of(recipe)[1:]:
         datasets.kind_of(where)
@@ -206,13 +222,29 @@ def passes(name: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("name", required=False, shell_complete=complete_target)
+@click.option("--probe", is_flag=True, help="Measure what the hardware rewards, about 10 s; later calls show it.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def targets(as_json: bool) -> None:
-    """What targets there are, what each rewards, what is missing here and how to get it."""
-    from perwatt import catalogue
+def targets(name: str | None, probe: bool, as_json: bool) -> None:
+    """What targets there are, what each and this machine reward, what is missing here and how to get it; or one
+    target's page, which ends with 4 where it can't be used here."""
+    from perwatt import doctor, doctor_words
+    from perwatt.progress import Progress
 
-    entry = catalogue.all_targets()
-    click.echo(json.dumps(entry, indent=2) if as_json else catalogue.targets_text(entry))
+    if probe and name:
+        raise click.UsageError("--probe measures the machine and not one target: leave the name out")
+    measured = None
+    if probe:
+        with Progress("silent" if as_json else "bar") as shown:
+            measured = doctor.probe(lambda text, share: shown.stage(text, share, until=share))
+    pages = doctor.one(name) if name else []
+    examined = None if name else doctor.examine(measured)
+    if as_json:
+        click.echo(json.dumps(examined or (pages[0] if len(pages) == 1 else pages), indent=2))
+    else:
+        click.echo(doctor_words.page(examined) if examined else "\n\n".join(map(doctor_words.target_page, pages)))
+    if pages and all(page["missing"] for page in pages):
+        raise SystemExit(4)
 
 
 @cli.command()
@@ -222,6 +254,7 @@ def targets(as_json: bool) -> None:
 def show(bundle: str, other: str | None, as_json: bool) -> None:
     """A bundle's report in the terminal; with two, what differs."""
     from perwatt.bundle import open_bundle
+    from perwatt.portable import words
     from perwatt.report import Report
     from perwatt.terminal import print_difference, print_report
 
@@ -229,6 +262,10 @@ def show(bundle: str, other: str | None, as_json: bool) -> None:
     if as_json:
         plain = [each.report for each in opened]
         click.echo(json.dumps(plain[0] if len(plain) == 1 else plain, indent=2))
+        return
+    waiting = next((each for each in opened if each.outcome == "portable"), None)
+    if waiting is not None:
+        click.echo("\n".join(words(waiting)))
         return
     reports = [Report.model_validate(each.report) for each in opened]
     if len(reports) == 1:

@@ -32,6 +32,13 @@ TARGET: list[Decorator] = [
         help="Where it will run; see `optimize targets`.  [default: cpu]",
     ),
 ]
+ON: list[Decorator] = [
+    click.option(
+        "--on",
+        metavar="ssh://USER@HOST",
+        help="Lower, tune and measure on that machine, which has perwatt installed (docs/remote.md).",
+    ),
+]
 CONFIG: list[Decorator] = [
     click.option("--config", "-c", type=click.Path(dir_okay=False), help="Recipe file; options override it."),
 ]
@@ -70,6 +77,7 @@ BUDGET: list[Decorator] = [
         help="The interval's bound must hold the budget, not the estimate.",
     ),
     click.option("--p99", metavar="TIME", help="Latency that 99 % of calls must stay under, as 20ms."),
+    click.option("--memory", metavar="SIZE", help="Resident memory that the program may take, as 500MB."),
     click.option("--min-gain", metavar="SHARE", help="Least gain worth shipping.  [default: 3%]"),
     click.option("--time", metavar="TIME", help="Time budget of the run, as 90s, 10m."),
     click.option(
@@ -88,7 +96,21 @@ SCENARIO: list[Decorator] = [
 ]
 POINT: list[Decorator] = [
     click.option("--batch", type=int, help="Items in a call.  [default: 1, offline 32]"),
-    click.option("--threads", type=int, help="Threads.  [default: the backend's own]"),
+    click.option("--threads", type=int, help="Threads of all streams together.  [default: the backend's own]"),
+]
+TUNING: list[Decorator] = [
+    click.option(
+        "--tune/--no-tune",
+        default=None,
+        help="Search the operating point that costs least: batch, streams, threads and what else the backend has; what "
+        "--batch and --threads say stays.  [default: --tune]",
+    ),
+    click.option(
+        "--allow-power-control",
+        is_flag=True,
+        default=None,
+        help="The search may set a GPU's power limit and clock (root); they are put back at the end, crash included.",
+    ),
 ]
 MODEL: list[Decorator] = [
     click.option("--arch", metavar="FILE.py:NAME", help="Callable that builds the network which weights belong to."),

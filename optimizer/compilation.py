@@ -17,29 +17,40 @@ from typing import Any
 
 from perwatt import registry
 from perwatt.artifact import Artifact
-from perwatt.bench.meters import open_meter
-from perwatt.bundle import Bundle, check_destination, no_room
-from perwatt.candidates import explore
-from perwatt.contract import Context, Pass
+from perwatt.backends import Backend
+from perwatt.bench.power_control import PowerControl
+from perwatt.bundle import Bundle, cache_folder, check_destination, no_room
+from perwatt.candidates import Branch, Candidate, explore
+from perwatt.contract import Capabilities, Context, Pass
 from perwatt.data import Samples
-from perwatt.errors import InputError, PerwattError
+from perwatt.errors import BackendError, InputError, PerwattError
 from perwatt.isolation import Worker, workspace
+from perwatt.judging import Judge
 from perwatt.measuring import SCREENING, Conductor, Effort, figures, interleave
 from perwatt.pipeline import Pipeline, Proof, Row
+from perwatt.place import Place, open_place
+from perwatt.portable import kept_branches, write_portable
 from perwatt.preparation import Prepared, Progress, first_row, operating_point, prepare, source_outputs
 from perwatt.recipe import OneOf, PassStep, Recipe
+from perwatt.screening import Screening
+from perwatt.setup import Setup
 from perwatt.sides import Side
 from perwatt.signature import Batch
 from perwatt.study import Result, Study
+from perwatt.tuning import TunePlan
 from perwatt.worker import load_outputs
 
-PASSES_SHARE, SCREENING_SHARE = 0.5, 0.75
-"""Of the time budget: when no further pass is begun, and when no further candidate is screened."""
+PASSES_SHARE, SCREENING_SHARE, TUNING_SHARE = 0.5, 0.7, 0.15
+"""Of the time budget: when no further pass is begun, when no further candidate is screened, what one search for an
+operating point may take."""
+TUNING_S = 60.0
+"""The same where there is no time budget."""
 
 
 @dataclass
 class Run:
-    """What one run knows when it is over: what the report tells."""
+    """What one run knows when it is over: what the report tells. `machine` is the one that measured; `on` names it where
+    it is not this one."""
 
     recipe: Recipe
     steps: list[PassStep | OneOf]
@@ -49,6 +60,8 @@ class Run:
     rows: list[Row]
     result: Result
     energy: dict[str, Any]
+    machine: dict[str, Any]
+    on: str | None
 
 
 def out_folder(recipe: Recipe, out: str | Path | None) -> Path:
@@ -97,52 +110,109 @@ def compile_model(
 
     started = time.perf_counter()
     steps = resolve_steps(recipe)
-    registry.target(recipe.target.name)
+    registry.serving(recipe.target.name)
     check_destination(out, model_name(recipe), force, inputs_of(recipe))
     with full_disk_explained(), workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
-        prepared = prepare(recipe, Path(scratch), checks, progress, cleanup)
-        meter, notes = open_meter(device=prepared.target["device"])
+        place = cleanup.enter_context(open_place(recipe.target.on))
+        prepared = prepare(recipe, Path(scratch), checks, place, progress, cleanup)
+        if prepared.absent is not None:
+            return write_portable(*_portable(recipe, steps, prepared, Path(scratch), checks, progress, started), out)
+        device = prepared.backends[0].device
+        meter, notes = place.meter(device=device)
         cleanup.callback(meter.close)
         prepared.notes.extend(notes)
-        conductor = Conductor(meter, seed=recipe.seed)
-        run = _search(recipe, steps, prepared, Path(scratch), checks, conductor, progress, started)
+        conductor = Conductor(meter, seed=recipe.seed, device=device)
+        conductor.power = _power_control(recipe, device, prepared.notes, cleanup)
+        run = _search(recipe, steps, prepared, Path(scratch), checks, place, conductor, progress, started)
         for side in run.result.sides.values():
             cleanup.callback(side.close)
         progress("writing the bundle", 0.96)
         return write_bundle(run, out)
 
 
+def _power_control(recipe: Recipe, device: str, notes: list[str], cleanup: ExitStack) -> PowerControl | None:
+    """What sets the GPU's power limit and clock, where the recipe allows it and the machine does; else a note says why
+    not."""
+    if not recipe.target.allow_power_control:
+        return None
+    if recipe.target.on is not None:
+        notes.append("warning: --allow-power-control is for the machine that it is said on: power stays as it is there")
+        return None
+    if device != "gpu":
+        notes.append("warning: --allow-power-control is for GPUs: it was left alone on a CPU")
+        return None
+    control = cleanup.enter_context(PowerControl())
+    reasons = control.missing()
+    notes.extend([*control.notes, *(f"warning: power stays as it is: {reason}" for reason in reasons)])
+    return None if reasons else control
+
+
+def _portable(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, folder: Path, checks: Worker,
+              progress: Progress, started: float) -> tuple[Recipe, Prepared, list[Branch], Pipeline, Path, Worker]:  # fmt: skip
+    """The graphs for a backend that is not here, each verified by the reference."""
+    assert prepared.absent is not None
+    setup = Setup(folder, prepared.saved["timing"])
+    pipeline = _pipeline(recipe, prepared, setup, checks, _pass_progress(progress, steps), started)
+    pipeline = pipeline.for_target(prepared.absent.capabilities)
+    progress("running the passes", 0.3)
+    branches = explore(pipeline, prepared.source, steps)
+    progress("judging the variants", 0.7)
+    return recipe, prepared, branches, pipeline, folder, checks
+
+
 def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, folder: Path, checks: Worker,
-            conductor: Conductor, progress: Progress, started: float) -> Run:  # fmt: skip
+            place: Place, conductor: Conductor, progress: Progress, started: float) -> Run:  # fmt: skip
     """From the model as read to the answer: passes, candidates, measurements."""
-    pipeline = _pipeline(recipe, prepared, folder, checks, _pass_progress(progress, steps), started)
+    setup = Setup(folder, prepared.saved["timing"], conductor, place.worker)
+    pipeline = _pipeline(recipe, prepared, setup, checks, _pass_progress(progress, steps), started)
     first = first_row(
         prepared.reading,
         pipeline.outputs(prepared.source),
         lambda: source_outputs(prepared.reading, prepared.saved["check"], prepared.eager, recipe, folder),
     )
-    progress("running the passes", 0.3)
-    branches = explore(pipeline, prepared.source, steps)
+    judge = Judge(recipe.budget, prepared.max_drop, prepared.select, prepared.evaluation, folder)
+
+    kept = kept_branches(recipe, pipeline, folder)
+
+    def branches(backend: Backend) -> list[Branch]:
+        if kept is not None:
+            return kept
+        progress("running the passes", 0.35)
+        return explore(pipeline.for_target(backend.capabilities), prepared.source, steps)
+
     study = Study(
-        target=recipe.target.name,
-        capabilities=prepared.capabilities,
-        point=operating_point(recipe),
-        budget=recipe.budget,
-        source=prepared.source,
-        timing=prepared.saved["timing"],
-        select=prepared.select,
-        evaluation=prepared.evaluation,
-        max_drop=prepared.max_drop,
-        folder=folder,
+        setup,
+        judge,
+        Screening(setup, judge, prepared.source, operating_point(recipe), prepared.backends),
+        branches,
+        plan=tune_plan(recipe, prepared.source, place),
         eager=prepared.eager,
         effort=_effort(recipe, started),
         deadline=_deadline(recipe, started, SCREENING_SHARE),
-        progress=lambda share, text: progress(text, 0.45 + 0.5 * share),
-        conductor=conductor,
+        progress=lambda share, text: progress(text, 0.3 + 0.65 * share),
     )
-    result = study.run(branches)
+    result = study.run()
     result.notes = [*prepared.notes, *result.notes]
-    return Run(recipe, steps, folder, started, prepared, [first, *result.rows], result, conductor.meter.describe())
+    energy = conductor.meter.describe()
+    return Run(
+        recipe, steps, folder, started, prepared, [first, *result.rows], result, energy, place.machine(), place.words
+    )
+
+
+def tune_plan(recipe: Recipe, source: Artifact, place: Place) -> TunePlan | None:
+    """What the search for an operating point may vary, and for how long; None where the recipe wants none."""
+    if not recipe.target.tune:
+        return None
+    fixed = {name for name in ("batch", "threads") if getattr(recipe.target, name) is not None}
+    budget = recipe.budget
+    return TunePlan(
+        fixed=frozenset(fixed),
+        fixed_batch=not isinstance(source.signature.batch, str) or recipe.target.scenario == "single-stream",
+        max_s=TUNING_S if budget.time is None else TUNING_SHARE * budget.time,
+        memory_bytes=budget.memory,
+        cache=cache_folder("tune"),
+        machine=place.machine()["fingerprint"],
+    )
 
 
 def _deadline(recipe: Recipe, started: float, share: float) -> float | None:
@@ -160,9 +230,10 @@ def _effort(recipe: Recipe, started: float) -> Effort:
     return Effort(max_s=max(1.0, min(Effort.max_s, left * 0.4)))
 
 
-def _pipeline(recipe: Recipe, prepared: Prepared, folder: Path, checks: Worker, progress: Callable[[str], None],
+def _pipeline(recipe: Recipe, prepared: Prepared, setup: Setup, checks: Worker, progress: Callable[[str], None],
               started: float) -> Pipeline:  # fmt: skip
     """The pipeline with its context and its proofs wired to the worker."""
+    folder = setup.folder
     samples, saved = prepared.samples, prepared.saved
     deadline = _deadline(recipe, started, PASSES_SHARE)
 
@@ -175,13 +246,13 @@ def _pipeline(recipe: Recipe, prepared: Prepared, folder: Path, checks: Worker, 
         checks.call("reference", model=str(artifact.file(folder)), samples=str(where), out=str(out), taps=list(taps))
         return load_outputs(out)
 
-    def run_isolated(made_by: Pass, artifact: Artifact) -> tuple[Artifact, list[str]]:
+    def run_isolated(made_by: Pass, artifact: Artifact, capabilities: Capabilities) -> tuple[Artifact, list[str]]:
         answer = checks.call(
             "run_pass",
             step={"name": made_by.name(), "settings": made_by.settings()},
             model=str(artifact.file(folder)),
             roles={role: str(where) for role, where in saved.items() if role in ("calibrate", "learn", "select")},
-            capabilities=asdict(prepared.capabilities),
+            capabilities=asdict(capabilities),
             budget=recipe.budget.model_dump(),
             seed=recipe.seed,
             folder=str(folder),
@@ -197,29 +268,36 @@ def _pipeline(recipe: Recipe, prepared: Prepared, folder: Path, checks: Worker, 
 
     context = Context(
         samples=roles,
-        capabilities=prepared.capabilities,
+        capabilities=Capabilities(),
         budget=recipe.budget,
         seed=recipe.seed,
         deadline=deadline,
         progress=progress,
         execute=execute,
-        measure=lambda artifacts: measure_graphs(recipe, artifacts, saved["timing"], folder),
+        measure=lambda artifacts: measure_graphs(recipe, prepared.backends, artifacts, setup),
     )
     proof = Proof(
         check=lambda artifact: checks.call("check", model=str(artifact.file(folder)))["problems"],
         reference=lambda artifact: reference(artifact, saved["check"]),
         run_isolated=run_isolated,
+        reference_on=reference,
     )
     return Pipeline(prepared.source, context, proof)
 
 
-def measure_graphs(recipe: Recipe, artifacts: Sequence[Artifact], timing: Path, folder: Path) -> list[float]:
-    """CPU seconds per inference of each artifact at the recipe's operating point, measured interleaved."""
+def measure_graphs(
+    recipe: Recipe, backends: Sequence[Backend], artifacts: Sequence[Artifact], setup: Setup
+) -> list[float]:
+    """CPU seconds per inference of each artifact at the recipe's operating point, measured interleaved on the first of
+    `backends`. Raises BackendError where there is none."""
+    if not backends:
+        raise BackendError("nothing can be measured: the target is not here")
     sides: list[Side] = []
     try:
         for number, artifact in enumerate(artifacts):
-            sides.append(Side.lowered(f"graph {number}", recipe.target.name, artifact, operating_point(recipe), folder))
-        interleave(sides, timing, SCREENING)
+            candidate = Candidate(Branch(artifact), operating_point(recipe), backends[0])
+            sides.append(setup.open(f"graph {number}", candidate))
+        interleave(sides, setup.timing, SCREENING)
         return [float(figures(side.windows)["cpu_s_per_inference"] or 0) for side in sides]
     finally:
         for side in sides:

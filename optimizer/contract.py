@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -104,7 +104,8 @@ class Pass(ABC):
     `tolerance` is how far it may move outputs, or None when accuracy decides. A pass with `isolated` set runs in the
     worker, because what it leans on may crash or hang. `in_default` puts it into the default pipeline, within its
     stage after those that `after` names; passes of the stage PRECISION are alternatives there, and the measured best
-    wins.
+    wins. A pass sees the target's capabilities only where it says `depends_on_target`: what the others make serves
+    every target.
     """
 
     stage: ClassVar[Stage]
@@ -112,6 +113,7 @@ class Pass(ABC):
     isolated: ClassVar[bool] = False
     in_default: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ()
+    depends_on_target: ClassVar[bool] = False
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         """Reasons why this pass can't run on this model; silence means it can."""
@@ -141,17 +143,41 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """How a program is run. `floating_precision` is what the backend uses for what the graph leaves in fp32
-    (None: the backend's own default, read back and recorded once lowered)."""
+    """How a program is run. None leaves it to the backend; what it takes is read back and recorded once lowered.
+
+    `batch`: items in a call. `streams`: calls that are worked on side by side. `threads`: of all streams together.
+    `floating_precision`: what the backend uses for what the graph leaves in fp32. `requests`: calls under way at once,
+    those that wait their turn included. `pinned`: threads are bound to CPUs. `graphs`: calls are recorded once and
+    replayed (CUDA graphs). `autotune`: the backend may try kernels while it compiles, for longer than it does by
+    default. `power_limit_w` and `clock_mhz` of a GPU are set only where the user allows it."""
 
     scenario: Scenario = "single-stream"
     batch: int = 1
     threads: int | None = None
     streams: int | None = None
     floating_precision: str | None = None
+    requests: int | None = None
+    pinned: bool | None = None
+    graphs: bool | None = None
+    autotune: bool | None = None
+    power_limit_w: float | None = None
+    clock_mhz: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain data; switches that are left to the backend are not named."""
+        always = ("scenario", "batch", "threads", "streams", "floating_precision")
+        return {name: value for name, value in asdict(self).items() if name in always or value is not None}
+
+    def words(self) -> str:
+        """`batch 32, 2 streams, 2 threads, bf16`: what is set."""
+        counts = [(self.streams, "stream"), (self.threads, "thread"), (self.requests, "request")]
+        parts = [f"batch {self.batch}", *(f"{n} {word}{'s' * (n != 1)}" for n, word in counts if n is not None)]
+        switches = [(self.pinned, "pinned"), (self.graphs, "CUDA graphs"), (self.autotune, "autotuned")]
+        parts += [word for on, word in switches if on]
+        parts += [self.floating_precision] if self.floating_precision else []
+        parts += [f"{self.power_limit_w:g} W"] if self.power_limit_w is not None else []
+        parts += [f"{self.clock_mhz} MHz"] if self.clock_mhz is not None else []
+        return ", ".join(parts)
 
 
 class Program(ABC):
@@ -218,10 +244,31 @@ class Program(ABC):
 
 class Target(ABC):
     """A place to run. One a file; the file's name is the target's name. `formats` are the endings of model files of the
-    backend's own that `open_file` takes; `device` is what does the arithmetic, and so what a meter has to watch."""
+    backend's own that `open_file` takes; `device` is what does the arithmetic, and so what a meter has to watch.
+
+    A backend with several devices has `variants`, written behind a colon (`onnxruntime:cuda`); the empty one is the
+    backend's plain name. `serves` says which variant stands for it under an alias: {"cpu": "", "gpu": "cuda"}.
+    `slow_to_lower`: compiling takes tens of seconds, so an alias tries this backend last, and only where there is time.
+    `fixed_once_saved`: fields of the operating point that a saved program can't change.
+    `preference`: where nothing is measured, an alias stands for the backend with the highest.
+    A target is made anew for every question, so `__init__` only remembers the variant."""
 
     formats: ClassVar[tuple[str, ...]] = ()
-    device: ClassVar[Literal["cpu", "gpu"]] = "cpu"
+    variants: ClassVar[tuple[str, ...]] = ("",)
+    serves: ClassVar[Mapping[str, str]] = {}
+    slow_to_lower: ClassVar[bool] = False
+    fixed_once_saved: ClassVar[tuple[str, ...]] = ()
+    preference: ClassVar[int] = 0
+    device: Literal["cpu", "gpu"] = "cpu"
+
+    def __init__(self, variant: str = "") -> None:
+        """`variant` is one of `variants`."""
+        self.variant = variant
+
+    @property
+    def full_name(self) -> str:
+        """Name and variant, as a person writes them: `onnxruntime:cuda`."""
+        return f"{self.name()}:{self.variant}" if self.variant else self.name()
 
     @abstractmethod
     def missing(self) -> list[str]:
@@ -230,6 +277,12 @@ class Target(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """What this machine and backend reward."""
+
+    def knobs(self, point: OperatingPoint) -> dict[str, tuple[Any, ...]]:
+        """What of an operating point can be tuned here in the scenario of `point`: field of OperatingPoint → the values
+        worth trying, None for the backend's own choice among them. Fields that are not named stay as `point` has them.
+        `batch` is left out for single-stream, and wherever the model fixes it the caller leaves it out."""
+        return {}
 
     @abstractmethod
     def lower(self, artifact: Artifact, point: OperatingPoint) -> Program:
@@ -246,6 +299,16 @@ class Target(ABC):
     def open_file(self, path: Path, signature: Signature, point: OperatingPoint) -> Program:
         """Compile a model file in one of `formats` as it is. Raises BackendError with the backend's own words."""
         raise TargetError(f"{self.name()} has no model files of its own")
+
+    def portable(self) -> Capabilities | None:
+        """What such hardware rewards wherever it is, so that a bundle can be prepared where there is none; None where
+        that makes no sense."""
+        return None
+
+    def build_script(self, models: Sequence[str], signature: Signature, batch: int) -> tuple[str, str] | None:
+        """Name and text of a script that builds and times these ONNX files, named as seen from where it lies, with the
+        backend's own tools and without perwatt; None where there is none."""
+        return None
 
     def script(self) -> str | None:
         """A `run.py` that runs the saved program with the backend and NumPy only; None where there is none."""

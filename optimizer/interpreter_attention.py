@@ -121,8 +121,10 @@ def _four(mask: Any) -> Any:
 
 
 def _sdpa(q: Any, k: Any, v: Any, mask: Any, factor: float, causal: bool) -> Any:
+    if q.shape[1] == k.shape[1]:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=factor)
     return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=factor, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal, scale=factor, enable_gqa=True
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from perwatt.interpreter_operators import operator
-from perwatt.interpreter_values import ints, one_int, tensors
+from perwatt.interpreter_values import as_tensor, ints, one_int, tensors
 
 Body = Callable[..., tuple[Any, ...]]
 
@@ -39,6 +39,7 @@ def loop(
     body: Body,
     body_outer: tuple[Any, ...] = (),
     outputs: int = 1,
+    device: torch.device | None = None,
 ) -> tuple[Any, ...]:
     most = None if trips is None else one_int(trips)
     going = True if cond is None else cond
@@ -48,7 +49,7 @@ def loop(
         state = tuple(found[: len(state)])
         elements.append(found[len(state) :])
         turn += 1
-    return (*state, *_stacked(elements, outputs - len(state)))
+    return (*state, *_stacked(elements, outputs - len(state), device=device))
 
 
 @operator("Scan", since=9)
@@ -62,6 +63,7 @@ def scan(
     scan_output_axes: tuple[int, ...] | None = None,
     scan_output_directions: tuple[int, ...] | None = None,
     outputs: int = 1,
+    device: torch.device | None = None,
 ) -> tuple[Any, ...]:
     held = len(given) - num_scan_inputs
     state = tuple(given[:held])
@@ -74,7 +76,7 @@ def scan(
         found = body(*body_outer, *state, *step)
         state = tuple(found[:held])
         elements.append(found[held:])
-    return (*state, *_stacked(elements, outputs - held, scan_output_axes, scan_output_directions))
+    return (*state, *_stacked(elements, outputs - held, scan_output_axes, scan_output_directions, device))
 
 
 @operator("Scan", since=8, host=(0,))
@@ -86,6 +88,7 @@ def scan_8(
     num_scan_inputs: int,
     directions: tuple[int, ...] | None = None,
     outputs: int = 1,
+    device: torch.device | None = None,
 ) -> tuple[Any, ...]:
     """One example of the batch (axis 0) after the other; what is stacked is padded to the longest sequence (axis 1)."""
     held, given = len(given) - num_scan_inputs, tensors(*given)
@@ -96,7 +99,7 @@ def scan_8(
         own = [one[number] if at < held else one[number, :count] for at, one in enumerate(given)]
         row = scan(
             *own, body=body, body_outer=body_outer, num_scan_inputs=num_scan_inputs,
-            scan_input_directions=directions, outputs=outputs,
+            scan_input_directions=directions, outputs=outputs, device=device,
         )  # fmt: skip
         rows.append([one if at < held else _lengthened(one, longest) for at, one in enumerate(row)])
     return tuple(torch.stack(tensors(*column)) for column in zip(*rows, strict=True))
@@ -111,11 +114,12 @@ def _stacked(
     count: int,
     axes: Sequence[int] | None = None,
     backward: Sequence[int] | None = None,
+    device: torch.device | None = None,
 ) -> list[torch.Tensor]:
     """What each turn gave, by output: turns along a new axis. `count`: of outputs, for where there was no turn."""
     if not elements:
-        return [torch.empty(0) for _ in range(count)]
-    columns = [tensors(*column) for column in zip(*elements, strict=True)]
+        return [torch.empty(0, device=device) for _ in range(count)]
+    columns = [[as_tensor(one, device=device) for one in column] for column in zip(*elements, strict=True)]
     none = [0] * len(columns)
     turned = [column[::-1] if back else column for column, back in zip(columns, backward or none, strict=True)]
     return [torch.stack(column, axis) for column, axis in zip(turned, axes or none, strict=True)]

@@ -14,6 +14,7 @@ import torch
 
 from perwatt.interpreter_operators import operator
 from perwatt.interpreter_values import (
+    UNSIGNED,
     alike,
     all_host,
     as_tensor,
@@ -31,6 +32,8 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 def _exactly(function: Callable[..., Any], *found: torch.Tensor) -> torch.Tensor:
     """`function`, for which the bits of int64 do as well as those of an unsigned type."""
+    if found[0].dtype not in UNSIGNED:
+        return function(*found)
     made: torch.Tensor = function(*(wide(x) for x in found))
     return narrow(made, found[0].dtype)
 
@@ -110,12 +113,12 @@ def _remainder(a: Any, b: Any) -> Any:
     return math.fmod(a, b) if _is_float(a) or _is_float(b) else a - b * _quotient(a, b)
 
 
-@operator("Pow", since=7, host=True)
+@operator("Pow", since=7, host=True, numbers=(1,))
 def power(x: Any, y: Any) -> Any:
     """The exponent may be of another type than the base, which is that of the output."""
     if all_host(x, y):
         return mapped(lambda base, exponent: base**exponent, x, y)
-    if is_host(y) and not isinstance(y, (tuple, list)):
+    if is_host(y) and not isinstance(y, (tuple, list)) and (x.is_floating_point() or not _is_float(y)):
         return torch.pow(x, y)
     x, y = tensors(x, y)
     # NumPy, and so the node tests, raises integers to floats in double precision.
@@ -211,7 +214,7 @@ def clip_by_attributes(x: Any, *, min: float = -FLOAT32_MAX, max: float = FLOAT3
     return x if low is None and high is None else torch.clamp(x, low, high)
 
 
-@operator("Clip", since=11, host=True)
+@operator("Clip", since=11, host=True, numbers=(1, 2))
 def clip(x: Any, low: Any = None, high: Any = None) -> Any:
     """The upper limit wins where they cross."""
     if low is None and high is None:
@@ -219,9 +222,16 @@ def clip(x: Any, low: Any = None, high: Any = None) -> Any:
     if all_host(x, low, high):
         x = x if low is None else maximum(x, low)
         return x if high is None else minimum(x, high)
+    if isinstance(x, torch.Tensor) and x.dtype not in UNSIGNED and not _any_tensor_or_row(low, high):
+        # As numbers: a compiler sees the limits of ReLU6.
+        return torch.clamp(x, low, high)
     x, low, high = alike(x, low, high)
     limits = [None if limit is None else ordered(limit) for limit in (low, high)]
     return unordered(torch.clamp(ordered(x), *limits), x.dtype)
+
+
+def _any_tensor_or_row(*found: Any) -> bool:
+    return any(isinstance(one, (torch.Tensor, tuple, list)) for one in found)
 
 
 def _truths(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], bool]:

@@ -19,8 +19,10 @@ NARROW = {21: (4, False), 22: (4, True), 25: (2, False), 26: (2, True)}
 """ONNX's numbers of integer types smaller than a byte: their bits, and whether one is a sign."""
 
 
-@operator("Cast", since=6, host=True)
-def cast(x: Any, *, to: int, saturate: int = 1, round_mode: str = "up") -> Any:
+@operator("Cast", since=6, host=True, numbers=(0,))
+def cast(
+    x: Any, *, to: int, saturate: int = 1, round_mode: str = "up", device: torch.device | None = None
+) -> Any:  # fmt: skip
     """`round_mode` says how to get float8e8m0, which is not there."""
     if all_host(x):
         # int32 stays a plain number: where it meets a tensor, it takes that one's type (`alike`).
@@ -30,23 +32,24 @@ def cast(x: Any, *, to: int, saturate: int = 1, round_mode: str = "up") -> Any:
             return mapped(torch.sym_float, x)
         if to == BOOL:
             return mapped(bool, x)
-    x = as_tensor(x)
+    x = as_tensor(x, device=device)
     if to in NARROW:
         return _of_few_bits(x, *NARROW[to])
     return _converted(x, _type(to), saturate)
 
 
-@operator("CastLike", since=15, host=True)
+@operator("CastLike", since=15, host=True, numbers=(0,))
 def cast_like(
-    x: Any, target_type: Any, *, saturate: int = 1, round_mode: str = "up", implied_type: int | None = None
-) -> Any:
+    x: Any, target_type: Any, *, saturate: int = 1, round_mode: str = "up", implied_type: int | None = None,
+    device: torch.device | None = None,
+) -> Any:  # fmt: skip
     """`implied_type` is the target's where a tensor can't tell it: numbers of four bits are held in bytes."""
     if implied_type in NARROW:
-        return cast(x, to=implied_type)
+        return cast(x, to=implied_type, device=device)
     if is_host(target_type):
         one = target_type[0] if isinstance(target_type, (tuple, list)) and target_type else target_type
         kind = BOOL if isinstance(one, bool) else FLOAT if isinstance(one, (float, torch.SymFloat)) else INT64
-        return cast(x, to=kind)
+        return cast(x, to=kind, device=device)
     return _converted(as_tensor(x, target_type), target_type.dtype, saturate)
 
 

@@ -25,6 +25,7 @@ STORED: dict[int, torch.dtype] = {**DTYPES, 21: torch.uint8, 22: torch.int8, 25:
 NUMBERS: dict[torch.dtype, int] = {dtype: number for number, dtype in DTYPES.items()}
 
 
+@operator("QuantizeLinear", domain="com.microsoft")
 @operator("QuantizeLinear", since=10)
 def quantize_linear(
     x: torch.Tensor,
@@ -43,6 +44,7 @@ def quantize_linear(
     return _stored(_ratio(x, scale, precision), zero, kind, bool(saturate))
 
 
+@operator("DequantizeLinear", domain="com.microsoft")
 @operator("DequantizeLinear", since=10)
 def dequantize_linear(
     x: torch.Tensor,

@@ -19,26 +19,28 @@ def _seeded(seed: float | None, device: torch.device | None) -> dict[str, Any]:
     return {"generator": torch.Generator(device or torch.get_default_device()).manual_seed(int(seed))}
 
 
-def _uniform(sizes: Any, seed: float | None, device: torch.device | None = None) -> torch.Tensor:
+def _uniform(sizes: Any, seed: float | None, device: torch.device | None) -> torch.Tensor:
     return torch.rand(sizes, device=device, **_seeded(seed, device))
 
 
-def _normal(sizes: Any, seed: float | None, device: torch.device | None = None) -> torch.Tensor:
+def _normal(sizes: Any, seed: float | None, device: torch.device | None) -> torch.Tensor:
     return torch.randn(sizes, device=device, **_seeded(seed, device))
 
 
 @operator("RandomUniform")
 def random_uniform(
-    *, shape: tuple[int, ...], dtype: int = 1, high: float = 1.0, low: float = 0.0, seed: float | None = None
-) -> torch.Tensor:
-    return (low + (high - low) * _uniform(shape, seed)).to(DTYPES[dtype])
+    *, shape: tuple[int, ...], dtype: int = 1, high: float = 1.0, low: float = 0.0, seed: float | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:  # fmt: skip
+    return (low + (high - low) * _uniform(shape, seed, device)).to(DTYPES[dtype])
 
 
 @operator("RandomNormal")
 def random_normal(
-    *, shape: tuple[int, ...], dtype: int = 1, mean: float = 0.0, scale: float = 1.0, seed: float | None = None
-) -> torch.Tensor:
-    return (mean + scale * _normal(shape, seed)).to(DTYPES[dtype])
+    *, shape: tuple[int, ...], dtype: int = 1, mean: float = 0.0, scale: float = 1.0, seed: float | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:  # fmt: skip
+    return (mean + scale * _normal(shape, seed, device)).to(DTYPES[dtype])
 
 
 @operator("RandomUniformLike")

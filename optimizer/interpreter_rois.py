@@ -1,7 +1,8 @@
-"""Operators of the interpreter: pooling of regions of interest.
+"""Operators of the interpreter: regions of interest: pooling them, and choosing among boxes that overlap.
 
-Limits: where RoiAlign's sampling_ratio is 0, the count of samples depends on the data. It is right for regions up to
-twice as large as the image; of larger ones as many samples are taken as for those."""
+Limits: how many boxes NonMaxSuppression keeps depends on the data, which ends a compiled graph. Where RoiAlign's
+sampling_ratio is 0, the count of samples depends on the data, too. It is right for regions up to twice as large as the
+image; of larger ones as many samples are taken as for those."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from perwatt.interpreter_operators import operator
+from perwatt.interpreter_values import one_int
 
 
 @operator("RoiAlign", since=10)
@@ -145,3 +147,56 @@ def _inside(start: torch.Tensor, end: torch.Tensor, bins: int, size: Any) -> tor
     last = torch.ceil((place + 1) * width) + start[:, None]
     number = torch.arange(size, device=start.device)
     return (number >= first[..., None]) & (number < last[..., None])
+
+
+@operator("NonMaxSuppression", since=10, host=(2, 3, 4))
+def non_max_suppression(
+    boxes: torch.Tensor, scores: torch.Tensor, max_output_boxes_per_class: Any = 0, iou_threshold: Any = 0.0,
+    score_threshold: Any = None, *, center_point_box: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """Rows of batch, class and box: for each class of each image the best first, without what overlaps a better one."""
+    most = 0 if max_output_boxes_per_class is None else one_int(max_output_boxes_per_class)
+    overlap = 0.0 if iou_threshold is None else _number(iou_threshold)
+    least = None if score_threshold is None else _number(score_threshold)
+    corners = _corners(boxes, bool(center_point_box))
+    found = []
+    for image in range(scores.shape[0] if most > 0 else 0):
+        for label in range(scores.shape[1]):
+            kept = _kept(corners[image], scores[image, label], most, overlap, least)
+            place = torch.tensor([[image, label]], device=scores.device).expand(len(kept), 2)
+            found.append(torch.cat([place, kept[:, None]], 1))
+    return torch.cat(found) if found else torch.zeros((0, 3), dtype=torch.int64, device=scores.device)
+
+
+def _number(value: Any) -> float:
+    found = value.reshape(-1).tolist() if isinstance(value, torch.Tensor) else value
+    return float(found[0] if isinstance(found, (list, tuple)) else found)
+
+
+def _corners(boxes: torch.Tensor, by_center: bool) -> torch.Tensor:
+    """Low and high corners, whichever way round the model gives them."""
+    first, second = boxes[..., :2], boxes[..., 2:]
+    if by_center:
+        return torch.cat([first - second / 2, first + second / 2], -1)
+    return torch.cat([torch.minimum(first, second), torch.maximum(first, second)], -1)
+
+
+def _kept(corners: torch.Tensor, scores: torch.Tensor, most: int, overlap: float, least: float | None) -> torch.Tensor:
+    """Indices of the boxes that stay, the best score first; of equals the first."""
+    left = torch.argsort(scores, descending=True, stable=True)
+    if least is not None:
+        left = left[scores[left] > least]
+    kept: list[torch.Tensor] = []
+    while len(left) > 0 and len(kept) < most:
+        best, left = left[0], left[1:]
+        kept.append(best)
+        left = left[_overlaps(corners[best], corners[left]) <= overlap]
+    return torch.stack(kept) if kept else left[:0]
+
+
+def _overlaps(box: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Intersection over union; 0 where there is no area."""
+    low, high = torch.maximum(box[:2], others[:, :2]), torch.minimum(box[2:], others[:, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    union = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(-1) - shared
+    return torch.where(union > 0, shared / torch.where(union > 0, union, 1.0), 0.0)

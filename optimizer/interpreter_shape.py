@@ -52,11 +52,11 @@ def size(data: Any) -> Any:
 
 
 @operator("Reshape", since=5, host=True)
-def reshape(data: Any, shape: Any, *, allowzero: int = 0) -> Any:
+def reshape(data: Any, shape: Any, *, allowzero: int = 0, device: torch.device | None = None) -> Any:
     sizes = ints(shape)
     if all_host(data, shape) and len(sizes) <= 1:
         return tuple(ints(data)) if sizes else ints(data)[0]
-    data = as_tensor(data)
+    data = as_tensor(data, device=device)
     if allowzero:
         return data.reshape(sizes)
     kept = {axis for axis, wanted in enumerate(sizes) if wanted == 0}
@@ -70,8 +70,8 @@ def reshape(data: Any, shape: Any, *, allowzero: int = 0) -> Any:
 
 
 @operator("Flatten", host=True)
-def flatten(data: Any, *, axis: int = 1) -> torch.Tensor:
-    data = as_tensor(data)
+def flatten(data: Any, *, axis: int = 1, device: torch.device | None = None) -> torch.Tensor:
+    data = as_tensor(data, device=device)
     axis = positive(axis, data.ndim)
     found: torch.Tensor = data.reshape(product(data.shape[:axis]), product(data.shape[axis:]))
     return found
@@ -91,11 +91,11 @@ def squeeze_1(data: Any, *, axes: tuple[int, ...] | None = None) -> Any:
 
 
 @operator("Unsqueeze", since=13, host=True)
-def unsqueeze(data: Any, axes: Any) -> Any:
+def unsqueeze(data: Any, axes: Any, *, device: torch.device | None = None) -> Any:
     places = ints(axes)
     if is_host(data) and not isinstance(data, (tuple, list)) and len(places) == 1:
         return (data,)
-    data = as_tensor(data)
+    data = as_tensor(data, device=device)
     rank = data.ndim + len(places)
     for axis in sorted(positive(axis, rank) for axis in places):
         data = data.unsqueeze(axis)
@@ -103,8 +103,8 @@ def unsqueeze(data: Any, axes: Any) -> Any:
 
 
 @operator("Unsqueeze", host=True)
-def unsqueeze_1(data: Any, *, axes: tuple[int, ...]) -> Any:
-    return unsqueeze(data, axes)
+def unsqueeze_1(data: Any, *, axes: tuple[int, ...], device: torch.device | None = None) -> Any:
+    return unsqueeze(data, axes, device=device)
 
 
 @operator("Transpose", host=True)
@@ -178,7 +178,7 @@ def _sliced(data: torch.Tensor, axis: int, start: Any, end: Any, step: Any) -> t
 
 
 @operator("Expand", since=8, host=True)
-def expand(data: Any, shape: Any) -> Any:
+def expand(data: Any, shape: Any, *, device: torch.device | None = None) -> Any:
     """Both broadcast: an axis of 1 in `shape` leaves the data's own."""
     sizes = ints(shape)
     if is_host(data):
@@ -187,46 +187,48 @@ def expand(data: Any, shape: Any) -> Any:
         if row is not None and (not own or own == (1,) or not sizes or len(row) in (1, own[0])):
             items = ints(data)
             return items * len(row) if sizes and len(items) == 1 else data
-        data = as_tensor(data)
+        data = as_tensor(data, device=device)
     missing = len(sizes) - data.ndim
     kept = [-1 if axis >= missing and one == 1 else one for axis, one in enumerate(sizes)]
     return data.expand([-1] * -missing + kept if missing < 0 else kept)
 
 
 @operator("Tile", since=6, host=True)
-def tile(data: Any, repeats: Any) -> Any:
+def tile(data: Any, repeats: Any, *, device: torch.device | None = None) -> Any:
     counts = ints(repeats)
     if is_host(data):
         row = repeated(0, counts)
         if row is not None:
             return tuple(data) * len(row) if counts else data
-        data = as_tensor(data)
+        data = as_tensor(data, device=device)
     return data.repeat(counts)
 
 
 @operator("ConstantOfShape", since=9, host=True)
-def constant_of_shape(shape: Any, *, value: Any = None) -> Any:
+def constant_of_shape(shape: Any, *, value: Any = None, device: torch.device | None = None) -> Any:
     sizes = ints(shape)
     if isinstance(value, torch.Tensor):
         return value.reshape(()).expand(sizes).contiguous()
     if value is None:
-        return torch.zeros(sizes, dtype=torch.float32)
+        return torch.zeros(sizes, dtype=torch.float32, device=device)
     number = ints(value)[0]
     row = repeated(number, sizes)
-    return as_tensor(number).expand(sizes).contiguous() if row is None else row
+    return as_tensor(number, device=device).expand(sizes).contiguous() if row is None else row
 
 
 @operator("Range", since=11, host=True)
-def range_(start: Any, limit: Any, delta: Any, *, stash_type: int = 1) -> Any:
+def range_(
+    start: Any, limit: Any, delta: Any, *, stash_type: int = 1, device: torch.device | None = None
+) -> Any:  # fmt: skip
     """A short row of whole numbers is taken for axes and stays a host value; otherwise it is data."""
     if all_host(start, limit, delta) and not any(isinstance(one, float) for one in (start, limit, delta)):
         (start,), (limit,), (delta,) = ints(start), ints(limit), ints(delta)
         count = max(-((start - limit) // delta), 0)
         if has_static_value(count) and has_static_value(start) and count <= 8:
             return tuple(start + number * delta for number in range(count))
-        return torch.arange(start, start + count * delta, delta, dtype=torch.int64)
+        return torch.arange(start, start + count * delta, delta, dtype=torch.int64, device=device)
     like = next((one for one in (start, limit, delta) if isinstance(one, torch.Tensor)), None)
-    dtype, device = (torch.float32, None) if like is None else (like.dtype, like.device)
+    dtype, device = (torch.float32, device) if like is None else (like.dtype, like.device)
     first, end, step = (one.item() if isinstance(one, torch.Tensor) else one for one in (start, limit, delta))
     exact = dtype.is_floating_point
     count = max(math.ceil((end - first) / step) if exact else -((first - end) // step), 0)

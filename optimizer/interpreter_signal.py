@@ -65,24 +65,32 @@ def stft(
 
 
 @operator("HannWindow", since=17, host=(0,))
-def hann_window(size: Any, *, output_datatype: int = 1, periodic: int = 1) -> torch.Tensor:
-    return _window(size, (0.5, -0.5), periodic, output_datatype)
+def hann_window(
+    size: Any, *, output_datatype: int = 1, periodic: int = 1, device: torch.device | None = None
+) -> torch.Tensor:  # fmt: skip
+    return _window(size, (0.5, -0.5), periodic, output_datatype, device)
 
 
 @operator("HammingWindow", since=17, host=(0,))
-def hamming_window(size: Any, *, output_datatype: int = 1, periodic: int = 1) -> torch.Tensor:
+def hamming_window(
+    size: Any, *, output_datatype: int = 1, periodic: int = 1, device: torch.device | None = None
+) -> torch.Tensor:  # fmt: skip
     # 25/46, where torch and SciPy take 0.54.
-    return _window(size, (25 / 46, -21 / 46), periodic, output_datatype)
+    return _window(size, (25 / 46, -21 / 46), periodic, output_datatype, device)
 
 
 @operator("BlackmanWindow", since=17, host=(0,))
-def blackman_window(size: Any, *, output_datatype: int = 1, periodic: int = 1) -> torch.Tensor:
-    return _window(size, (0.42, -0.5, 0.08), periodic, output_datatype)
+def blackman_window(
+    size: Any, *, output_datatype: int = 1, periodic: int = 1, device: torch.device | None = None
+) -> torch.Tensor:  # fmt: skip
+    return _window(size, (0.42, -0.5, 0.08), periodic, output_datatype, device)
 
 
-def _window(size: Any, weights: Sequence[float], periodic: int, output_datatype: int) -> torch.Tensor:
+def _window(
+    size: Any, weights: Sequence[float], periodic: int, output_datatype: int, device: torch.device | None
+) -> torch.Tensor:
     """A sum of cosines of one, two… periods."""
-    device = size.device if isinstance(size, torch.Tensor) else None
+    device = size.device if isinstance(size, torch.Tensor) else device
     count = one_int(size)
     step = torch.arange(count, device=device, dtype=torch.float64) * (2 * math.pi)
     # A symmetric window of one element is one, where the formula divides by zero.
@@ -96,11 +104,13 @@ def _window(size: Any, weights: Sequence[float], periodic: int, output_datatype:
 @operator("MelWeightMatrix", since=17, host=(0, 1, 2))
 def mel_weight_matrix(
     num_mel_bins: Any, dft_length: Any, sample_rate: Any, lower_edge_hertz: Any, upper_edge_hertz: Any, *,
-    output_datatype: int = 1,
+    output_datatype: int = 1, device: torch.device | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Triangles whose corners lie on whole bins of the spectrum."""
     bins, length = one_int(num_mel_bins), one_int(dft_length)
-    low, high = (_mel(torch.as_tensor(edge).double().reshape(())) for edge in (lower_edge_hertz, upper_edge_hertz))
+    low, high = (
+        _mel(torch.as_tensor(edge, device=device).double().reshape(())) for edge in (lower_edge_hertz, upper_edge_hertz)
+    )
     # By the specification the last corner lies a step below the upper edge.
     mels = torch.arange(bins + 2, device=low.device) * ((high - low) / (bins + 2)) + low
     hertz = 700 * torch.expm1(mels / 2595 * math.log(10))

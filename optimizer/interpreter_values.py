@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 HOST_AT_MOST = 64
 """A constant of more integers than this is data, not a shape."""
 NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+HOST = (tuple, list, *NUMBERS)
 
 DTYPES: dict[int, torch.dtype] = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32, 7: torch.int64,
@@ -31,28 +33,46 @@ FEW_BITS = (21, 22, 25, 26)
 
 def is_host(value: Any) -> bool:
     """Whether `value` is plain Python: a number or a tuple of numbers."""
-    return isinstance(value, (tuple, list, *NUMBERS))
+    return isinstance(value, HOST)
 
 
 def all_host(*found: Any) -> bool:
     """Whether every value that is there is plain Python."""
-    return all(value is None or is_host(value) for value in found)
+    for value in found:  # Nearly always the answer, and what an eager run spends beside torch.
+        if isinstance(value, torch.Tensor):
+            return False
+    return all(value is None or isinstance(value, HOST) for value in found)
 
 
-def as_tensor(value: Any, like: torch.Tensor | None = None) -> Any:
-    """`value` as a tensor, int64 (bool, float32) where it is a host value; on the device of `like`."""
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """Where a tensor is."""
+    return tensor.device
+
+
+def as_tensor(value: Any, like: torch.Tensor | None = None, device: torch.device | None = None) -> Any:
+    """`value` as a tensor, int64 (bool, float32) where it is a host value; on the device of `like`, else on `device`."""
     if value is None or isinstance(value, torch.Tensor):
         return value
-    device = like.device if like is not None else None
+    device = like.device if like is not None else device
     items = list(value) if isinstance(value, (tuple, list)) else [value]
     dtype = torch.int64
     if items and isinstance(items[0], (bool, torch.SymBool)):
         dtype = torch.bool
     elif items and isinstance(items[0], (float, torch.SymFloat)):
         dtype = torch.float32
-    if isinstance(value, (tuple, list)):
+    return _row(items, dtype, device) if isinstance(value, (tuple, list)) else _number(value, dtype, device)
+
+
+def _row(items: Sequence[Any], dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    if all(has_static_value(one) for one in items):
         return torch.tensor(items, dtype=dtype, device=device)
-    return torch.tensor(value, dtype=dtype, device=device)
+    # torch.tensor would read sizes that are still open.
+    return torch.stack([_number(one, dtype, device) for one in items])
+
+
+def _number(value: Any, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    # Not torch.tensor: this one copies nothing from the host.
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def tensors(*found: Any) -> tuple[Any, ...]:
@@ -64,17 +84,22 @@ def tensors(*found: Any) -> tuple[Any, ...]:
 def alike(*found: Any) -> tuple[Any, ...]:
     """Values of one ONNX type as tensors of one type on one device: those of the first that is a tensor, as a host value
     does not know whether it was int32, int64 or half a float. All host: as `tensors`."""
-    like = next((value for value in found if isinstance(value, torch.Tensor)), None)
+    like, mixed = None, False
+    for value in found:
+        if not isinstance(value, torch.Tensor):
+            mixed = True
+        elif like is None:
+            like = value
+    if not mixed:
+        return found
     if like is None:
         return tensors(*found)
     return tuple(_typed(value, like) if is_host(value) else value for value in found)
 
 
 def _typed(value: Any, like: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, (tuple, list)):
-        return torch.tensor(list(value), dtype=like.dtype, device=like.device)
-    # Not torch.tensor: this one copies nothing from the host.
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    make = _row if isinstance(value, (tuple, list)) else _number
+    return make(value, like.dtype, like.device)
 
 
 def mapped(function: Callable[..., Any], *found: Any) -> Any:
@@ -155,8 +180,10 @@ def host_of(array: torch.Tensor) -> Any:
 
 def numbers_of(array: torch.Tensor) -> Any:
     """A constant as plain numbers for whoever only reads them, whatever its type; None where it is long or has several
-    axes."""
-    if array.is_complex() or array.ndim > 1 or array.numel() > HOST_AT_MOST:
+    axes, or is float64, whose digits would be lost should it become a tensor again."""
+    if array.dtype in (torch.float64, torch.complex64, torch.complex128):
+        return None
+    if array.ndim > 1 or array.numel() > HOST_AT_MOST:
         return None
     return tuple(array.tolist()) if array.ndim else array.item()
 

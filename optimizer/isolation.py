@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from perwatt import errors
 from perwatt.errors import BackendError, PerwattError
@@ -39,9 +39,7 @@ class Worker:
         self, name: str, *, memory_limit_bytes: int | None = None, on_progress: Callable[[str], None] | None = None
     ) -> None:
         self.name = name
-        self.memory_limit_bytes = memory_limit_bytes or int(
-            MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        )
+        self.memory_limit_bytes = memory_limit_bytes
         self.on_progress = on_progress
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
@@ -62,7 +60,7 @@ class Worker:
         One question at a time; another thread waits for its turn. Raises the error that the worker names, or
         BackendError where it crashed or did not answer in time."""
         with self._turn:
-            return self._ask(operation, timeout_s, parameters)
+            return self._ask(self._started(), operation, timeout_s, parameters)
 
     @property
     def running(self) -> bool:
@@ -73,14 +71,21 @@ class Worker:
         """Start the process now. It ends with the thread that starts it, so start it where the run itself lives."""
         self._started()
 
-    def _ask(self, operation: str, timeout_s: float, parameters: dict[str, Any]) -> dict[str, Any]:
-        process = self._started()
-        assert process.stdin is not None
+    def _ask(
+        self, process: subprocess.Popen[str], operation: str, timeout_s: float, parameters: dict[str, Any]
+    ) -> dict[str, Any]:
         try:
-            process.stdin.write(json.dumps({"operation": operation, "parameters": parameters}) + "\n")
-            process.stdin.flush()
-        except (BrokenPipeError, OSError):
+            self._send(process, json.dumps({"operation": operation, "parameters": parameters}))
+        except OSError:
             raise self._died(operation) from None
+        return self._result(operation, timeout_s)
+
+    def _send(self, process: subprocess.Popen[str], line: str) -> None:
+        assert process.stdin is not None
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+
+    def _result(self, operation: str, timeout_s: float) -> dict[str, Any]:
         try:
             answer = self._answer(operation, timeout_s)
         except BaseException:
@@ -88,7 +93,7 @@ class Worker:
             self.kill()
             raise
         if "error" in answer:
-            raise _error_from(answer["error"])
+            raise self._error(answer["error"])
         result: dict[str, Any] = answer["result"]
         return result
 
@@ -103,12 +108,21 @@ class Worker:
                     f"{self.name}: {operation} did not end within {timeout_s:.0f} s and was stopped{words}"
                 ) from None
             if line is None:
+                # For who looks again: there will be nothing more.
+                self._answers.put(None)
                 raise self._died(operation)
             answer: dict[str, Any] = json.loads(line)
-            if "progress" not in answer:
+            if "result" in answer or "error" in answer:
                 return answer
-            if self.on_progress:
-                self.on_progress(answer["progress"])
+            self._heed(operation, answer)
+
+    def _heed(self, operation: str, message: dict[str, Any]) -> None:
+        """What comes before the answer."""
+        if self.on_progress and "progress" in message:
+            self.on_progress(message["progress"])
+
+    def _error(self, facts: dict[str, Any]) -> PerwattError:
+        return _error_from(facts)
 
     def close(self) -> None:
         """End the process. It holds nothing that isn't written, and runtimes take seconds to leave by themselves."""
@@ -126,26 +140,29 @@ class Worker:
         if self._process is not None:
             return self._process
         self._log = tempfile.TemporaryFile(mode="w+b")  # noqa: SIM115 (lives as long as the process)
-        environment = {**os.environ, "PERWATT_WORKER": self.name, "PYTHONUNBUFFERED": "1"}
-        environment["PERWATT_MEMORY_LIMIT"] = str(self.memory_limit_bytes)
+        try:
+            self._process, answers = self._launch()
+        except BaseException:
+            self._close_log()
+            raise
+        self._answers = queue.Queue()
+        threading.Thread(target=_pump, args=(answers, self._answers), daemon=True).start()
+        return self._process
+
+    def _launch(self) -> tuple[subprocess.Popen[str], IO[str]]:
+        """A new process, and where its answers come."""
         # Answers have a pipe of their own: what libraries print from their first import on goes to the log.
         reading, writing = os.pipe()
         try:
-            # A session of its own: Ctrl-C reaches the compiler, which then ends its workers in order.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "perwatt.worker", str(os.getpid()), str(writing)],
-                stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, pass_fds=(writing,), text=True,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+            process = spawn(
+                writing, self.name, self.memory_limit_bytes, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log
+            )
         except BaseException:
             os.close(reading)
-            self._close_log()
             raise
         finally:
             os.close(writing)
-        self._answers = queue.Queue()
-        threading.Thread(target=_pump, args=(reading, self._answers), daemon=True).start()
-        return self._process
+        return process, os.fdopen(reading)
 
     def _died(self, operation: str) -> BackendError:
         process = self._process
@@ -160,8 +177,7 @@ class Worker:
         words = self._last_words()
         self._process = None
         self._close_log()
-        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        return BackendError(f"{self.name}: the worker {how} during {operation}{words}")
+        return BackendError(f"{self.name}: the worker {how_it_ended(code)} during {operation}{words}")
 
     def _last_words(self) -> str:
         if self._log is None:
@@ -177,18 +193,40 @@ class Worker:
             self._log = None
 
 
-def _pump(reading: int, answers: queue.Queue[str | None]) -> None:
-    with os.fdopen(reading) as stream:
+def spawn(
+    answers: int, name: str, memory_limit_bytes: int | None = None, *, folder: Path | None = None, **streams: Any
+) -> subprocess.Popen[str]:
+    """Start `python -m perwatt.worker`, which answers on the file descriptor `answers` and ends with the thread that
+    starts it. `folder`: for its temporary files; `streams`: stdin, stdout, stderr."""
+    limit = memory_limit_bytes or int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    environment = {**os.environ, "PERWATT_WORKER": name, "PYTHONUNBUFFERED": "1", "PERWATT_MEMORY_LIMIT": str(limit)}
+    # OpenMP threads that spin while they wait cost torch 7 to 20 times the CPU seconds on a busy machine; it reads this
+    # when it is imported, so later is too late.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if folder is not None:
+        environment["TMPDIR"] = str(folder)
+    # A session of its own: Ctrl-C reaches the compiler, which then ends its workers in order.
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "perwatt.worker", str(os.getpid()), str(answers)],
+        pass_fds=(answers,), text=True, env=environment, start_new_session=True, **streams,
+    )  # fmt: skip
+
+
+def how_it_ended(code: int) -> str:
+    """In words, from an exit code as `subprocess` gives it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
+
+
+def _pump(stream: IO[str], answers: queue.Queue[str | None]) -> None:
+    with stream:
         for line in stream:
             answers.put(line)
     answers.put(None)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _error_from(facts: dict[str, Any]) -> PerwattError:

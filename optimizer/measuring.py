@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Protocol
 
 from perwatt.bench.statistics import half_width, paired_figures, paired_ratio, percentile, percentile_ratio
 from perwatt.bench.unavailable import Unavailable
@@ -39,6 +40,20 @@ OF_ENERGY = ("power_w", "energy_j_per_inference", "throughput_per_watt")
 
 COUNTER_WINDOW_S = 10.0
 COUNTER_REFRESHES = 100
+
+
+POWER_SETTLES_S = 0.5
+"""After a change of the power limit: clocks follow within some tenths of a second."""
+
+
+class Power(Protocol):
+    """What sets a GPU's power limit and clock; None is what it was."""
+
+    def apply(self, power_limit_w: float | None = None, clock_mhz: int | None = None) -> None:
+        """Set both, or raise TargetError."""
+
+    def choices(self) -> Mapping[str, Sequence[float]]:
+        """`power_limit_w` and `clock_mhz` → values worth trying."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,16 @@ class Conductor:
     the last. Not before each window: a probe leaves its data in the caches, and a small network's windows cost a quarter
     more right after one."""
 
-    def __init__(self, meter: Meter | None = None, *, probe: Worker | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, meter: Meter | None = None, *, probe: Worker | None = None, seed: int = 0, device: str = "cpu"
+    ) -> None:
+        """`device` is what does the arithmetic, "cpu" or "gpu": it decides what a cost is."""
         self.meter = meter or Unavailable("no meter was asked for")
+        self.device = device
         self.probe = probe
+        self.power: Power | None = None
         self.random = random.Random(seed)
+        self._power_of: tuple[float | None, int | None] = (None, None)
         self._probed: list[dict[str, float]] = []
         self.probe_s = 0.0
 
@@ -82,6 +103,7 @@ class Conductor:
 
     def window(self, side: Side, seconds: float) -> Window:
         """One window for time; with its energy where the meter needs no longer ones."""
+        self._set_power(side)
         if self.counter_window_s is None:
             self.meter.start()
             window = side.window(seconds)
@@ -94,6 +116,7 @@ class Conductor:
 
     def energy_window(self, side: Side, seconds: float) -> Window:
         """One window that is long enough for the meter."""
+        self._set_power(side)
         self.meter.start()
         window = side.held_window(max(seconds, self.counter_window_s or 0.0))
         self._read(window)
@@ -149,6 +172,15 @@ class Conductor:
             self.probe = None
         self.probe_s += time.perf_counter() - start
 
+    def _set_power(self, side: Side) -> None:
+        """The GPU at the side's own power limit and clock, where the user allowed that to be changed."""
+        if self.power is None:
+            return
+        if self._power_of != side.power:
+            self.power.apply(*side.power)
+            self._power_of = side.power
+            time.sleep(POWER_SETTLES_S)
+
     def _read(self, window: Window) -> None:
         reading = self.meter.stop(window)
         window.energy_j, window.energy_reason = reading.energy_j, reading.reason
@@ -164,7 +196,7 @@ def interleave(
     *,
     conductor: Conductor | None = None,
 ) -> None:
-    """Give all sides windows in blocks. The first side is compared with the last: their ratio of CPU seconds decides
+    """Give all sides windows in blocks. The first side is compared with the last: the ratio of their costs decides
     when it is enough, because it is known well or because it is `hopeless`."""
     conductor = conductor or Conductor()
     for side in sides:
@@ -175,7 +207,7 @@ def interleave(
     def enough() -> bool:
         if len(sides) < 2:
             return True
-        ratio = cpu_ratio(sides[-1], sides[0], resamples=STOPPING_RESAMPLES)
+        ratio = cost_ratio(sides[-1], sides[0], conductor.device, resamples=STOPPING_RESAMPLES)
         return half_width(ratio) < effort.tight or hopeless(ratio)
 
     run_blocks([[side] for side in sides], effort, conductor, enough, progress)
@@ -243,11 +275,19 @@ def _by_window(name: str, side: Side) -> list[float | None]:
     return [figures([window])[name] for window in _windows_for(name, side)]
 
 
-def cpu_ratio(optimized: Side, original: Side, resamples: int | None = None) -> Ratio:
-    """Optimized ÷ original in CPU seconds per inference: what decides."""
+def cpu_ratio(optimized: Side, original: Side, resamples: int = 10_000) -> Ratio:
+    """Optimized ÷ original in CPU seconds per inference."""
+    return cost_ratio(optimized, original, "cpu", resamples)
+
+
+def cost_ratio(optimized: Side, original: Side, device: str, resamples: int = 10_000) -> Ratio:
+    """Optimized ÷ original in what short windows can decide by: CPU seconds per inference, or time on a GPU."""
     pairs = list(zip(optimized.windows, original.windows, strict=False))
-    ours, theirs = [a.cpu_s / a.inferences for a, _ in pairs], [b.cpu_s / b.inferences for _, b in pairs]
-    return paired_ratio(ours, theirs) if resamples is None else paired_ratio(ours, theirs, resamples=resamples)
+    return paired_ratio([_cost(a, device) for a, _ in pairs], [_cost(b, device) for _, b in pairs], resamples=resamples)
+
+
+def _cost(window: Window, device: str) -> float:
+    return (window.cpu_s if device == "cpu" else window.wall_s) / window.inferences
 
 
 def side_by_side(optimized: Side, original: Side) -> tuple[dict[str, float | None], dict[str, float | None]]:

@@ -21,22 +21,26 @@ PLACES: dict[str, tuple[str, str]] = {
     "text": ("data", "text"), "label": ("data", "label"), "metric": ("data", "metric"), "expect": ("data", "expect"),
     "max_samples": ("data", "max_samples"),
     "max_drop": ("budget", "max_drop"), "p99": ("budget", "p99_ms"), "min_gain": ("budget", "min_gain"),
-    "time": ("budget", "time"), "prove_accuracy": ("budget", "prove_accuracy"),
-    "target": ("target", "name"), "threads": ("target", "threads"), "scenario": ("target", "scenario"),
-    "batch": ("target", "batch"),
+    "time": ("budget", "time"), "memory": ("budget", "memory"), "prove_accuracy": ("budget", "prove_accuracy"),
+    "target": ("target", "name"), "on": ("target", "on"), "threads": ("target", "threads"), "scenario": ("target", "scenario"),
+    "batch": ("target", "batch"), "tune": ("target", "tune"),
+    "allow_power_control": ("target", "allow_power_control"),
 }  # fmt: skip
 """Option → (section, key). `data`, `passes`, `inputs`, `seed` and `config` have rules of their own below."""
 
 
-def build_recipe(config: str | Path | None = None, **options: Any) -> Recipe:
-    """The recipe that a file and options make together; None and empty options are not given.
+def build_recipe(config: str | Path | None = None, *, base: dict[str, Any] | None = None, **options: Any) -> Recipe:
+    """The recipe that a file, or the plain data of `base`, and options make together; None and empty options are not
+    given.
 
     Raises InputError for unknown options and for anything that the recipe refuses."""
     unknown = [name for name in options if name not in PLACES and name not in ("data", "passes", "inputs", "seed")]
     if unknown:
         raise InputError(nearest(unknown[0], [*PLACES, "data", "passes", "inputs", "seed", "config"], "option"))
     # A section whose keys are all commented out is read as null: it is as good as not there.
-    plain = {name: v for name, v in recipes.load(config).items() if v is not None} if config is not None else {}
+    plain = dict(base or {})
+    if config is not None:
+        plain = {name: v for name, v in recipes.load(config).items() if v is not None}
     given = {name: value for name, value in options.items() if value is not None and value not in ((), [], {})}
     edits = given.pop("passes", None)
     for name, value in given.items():

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from perwatt.artifact import Artifact, model_digest
-from perwatt.contract import Context, Pass
+from perwatt.contract import Capabilities, Context, Pass
 from perwatt.drift import Drift, drift
 from perwatt.errors import PerwattError
 from perwatt.signature import Batch, TensorSpec
@@ -50,21 +51,36 @@ class Row:
 
 @dataclass
 class Proof:
-    """How to check a result; each function runs in the worker. `run_isolated` runs a pass that may crash."""
+    """How to check a result; each function runs in the worker. `reference_on` runs the reference on the samples of
+    another folder; `run_isolated` runs a pass that may crash, for a target with these capabilities."""
 
     check: Callable[[Artifact], list[str]]
     reference: Callable[[Artifact], list[Batch]]
-    run_isolated: Callable[[Pass, Artifact], tuple[Artifact, list[str]]]
+    run_isolated: Callable[[Pass, Artifact, Capabilities], tuple[Artifact, list[str]]]
+    reference_on: Callable[[Artifact, Path], list[Batch]]
+
+
+@dataclass
+class _Known:
+    """What pipelines of one run share: outputs of the reference by the model's digest, and steps that were taken."""
+
+    outputs: dict[str, list[Batch] | str] = field(default_factory=dict)
+    steps: dict[str, tuple[Artifact, Row]] = field(default_factory=dict)
 
 
 class Pipeline:
-    """Runs passes from one original. Outputs of the reference are kept by digest: each model is run once."""
+    """Runs passes from one original. Each model is run once by the reference, and each pass once on a model, whichever
+    targets ask for it."""
 
-    def __init__(self, original: Artifact, context: Context, proof: Proof) -> None:
+    def __init__(self, original: Artifact, context: Context, proof: Proof, known: _Known | None = None) -> None:
         self.original = original
         self.context = context
         self.proof = proof
-        self._outputs: dict[str, list[Batch] | str] = {}
+        self._known = known or _Known()
+
+    def for_target(self, capabilities: Capabilities) -> Pipeline:
+        """The same for a target that rewards something else."""
+        return Pipeline(self.original, replace(self.context, capabilities=capabilities), self.proof, self._known)
 
     def run(self, artifact: Artifact, passes: Sequence[Pass]) -> tuple[Artifact, list[Row]]:
         """The artifact after all passes that held their promise, and a row for every one."""
@@ -75,14 +91,22 @@ class Pipeline:
         return artifact, rows
 
     def step(self, artifact: Artifact, made_by: Pass) -> tuple[Artifact, Row]:
-        """One pass: run it, check it, keep it or roll it back."""
+        """One pass: run it, check it, keep it or roll it back. The same step asked for again gives the same row."""
         if self.context.deadline is not None and time.monotonic() > self.context.deadline:
             return artifact, Row(made_by.name(), made_by.settings(), "refused", "out of time")
+        # A pass that doesn't say that it depends on the target sees none, so that its result serves them all.
+        capabilities = self.context.capabilities if made_by.depends_on_target else Capabilities()
+        key = repr((artifact.digest(), made_by, capabilities))
+        if key not in self._known.steps:
+            self._known.steps[key] = self._taken(artifact, made_by, replace(self.context, capabilities=capabilities))
+        return self._known.steps[key]
+
+    def _taken(self, artifact: Artifact, made_by: Pass, context: Context) -> tuple[Artifact, Row]:
         self.context.progress(made_by.name())
         start = time.perf_counter()
         row = Row(made_by.name(), made_by.settings(), "refused")
         try:
-            after = self._verified(artifact, made_by, row)
+            after = self._verified(artifact, made_by, row, context)
         except PerwattError as error:
             row.status, row.reason, after = "rolled-back", str(error), artifact
         except Exception as error:
@@ -92,7 +116,7 @@ class Pipeline:
         row.seconds = round(time.perf_counter() - start, 3)
         return after, row
 
-    def _verified(self, before: Artifact, made_by: Pass, row: Row) -> Artifact:
+    def _verified(self, before: Artifact, made_by: Pass, row: Row, context: Context) -> Artifact:
         # The pass gets a twin: what it breaks in there, by mistake or on its way to an error, is not what goes on.
         given = Artifact(
             model=before.edit(),
@@ -102,14 +126,14 @@ class Pipeline:
             digest=before.digest(),
         )
         digest = model_digest(given.model)
-        reasons = list(made_by.requires(given, self.context))
+        reasons = list(made_by.requires(given, context))
         if reasons:
             row.reason = "; ".join(reasons)
             return before
         if made_by.isolated:
-            after, row.changes = self.proof.run_isolated(made_by, before)
+            after, row.changes = self.proof.run_isolated(made_by, before, context.capabilities)
         else:
-            after, row.changes = made_by.run(given, self.context)
+            after, row.changes = made_by.run(given, context)
         if model_digest(given.model) != digest:
             raise PerwattError(f"{made_by.name()} changed the model it was given: it must work on artifact.edit()")
         if after.digest() == before.digest():
@@ -156,12 +180,13 @@ class Pipeline:
     def outputs(self, artifact: Artifact) -> list[Batch] | str:
         """Reference outputs on the checking samples, or why there are none."""
         digest = artifact.digest()
-        if digest not in self._outputs:
+        known = self._known.outputs
+        if digest not in known:
             try:
-                self._outputs[digest] = self.proof.reference(artifact)
+                known[digest] = self.proof.reference(artifact)
             except PerwattError as error:
-                self._outputs[digest] = str(error)
-        return self._outputs[digest]
+                known[digest] = str(error)
+        return known[digest]
 
 
 def _fed(spec: TensorSpec) -> tuple[Any, ...]:

@@ -7,10 +7,10 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from perwatt import datasets, metrics
+from perwatt import datasets, metrics, registry
 from perwatt.artifact import Artifact
+from perwatt.backends import Backend, ask
 from perwatt.bundle import is_bundle
 from perwatt.contract import Capabilities, OperatingPoint, Tolerance
 from perwatt.data import Samples
@@ -19,12 +19,16 @@ from perwatt.errors import BackendError, InputError, PerwattError, TargetError
 from perwatt.evaluation import Evaluation, check_original
 from perwatt.isolation import Worker
 from perwatt.pipeline import Row, finite_drift
+from perwatt.place import Place
 from perwatt.reading import Reading, read
 from perwatt.recipe import Recipe
 from perwatt.sides import Side
 from perwatt.signature import Batch
 from perwatt.synthetic import synthetic
-from perwatt.worker import capabilities_from_json, load_outputs
+from perwatt.worker import load_outputs
+
+TIME_FOR_SLOW_S = 600.0
+"""With a time budget from here on, an alias tries backends that compile for tens of seconds too."""
 
 CHECKED_SAMPLES = 16
 """Samples on which drift is measured after every pass."""
@@ -37,12 +41,22 @@ SOURCE_TOLERANCE = Tolerance(atol=1e-3, rtol=1e-2)
 Progress = Callable[[str, float], None]
 
 
+@dataclass(frozen=True)
+class Absent:
+    """A backend that is not here: what such hardware rewards, and why nothing that serves the target can be used."""
+
+    target: str
+    capabilities: Capabilities
+    reasons: tuple[str, ...]
+
+
 @dataclass
 class Prepared:
-    """What is known before the first pass. `saved` has the folder of each role's samples."""
+    """What is known before the first pass. `saved` has the folder of each role's samples. Where no backend can be used
+    here, `absent` says which one a portable bundle is prepared for."""
 
-    target: dict[str, Any]
-    capabilities: Capabilities
+    backends: list[Backend]
+    absent: Absent | None
     reading: Reading
     roles: datasets.Roles
     samples: dict[str, Samples]
@@ -59,14 +73,17 @@ class Prepared:
         return self.reading.artifact
 
 
-def prepare(recipe: Recipe, folder: Path, checks: Worker, progress: Progress, cleanup: ExitStack) -> Prepared:
-    """Look at the target, read the model, open the data, judge the original. What must be closed goes into `cleanup`.
+def prepare(
+    recipe: Recipe, folder: Path, checks: Worker, place: Place, progress: Progress, cleanup: ExitStack
+) -> Prepared:
+    """Look at the target where it is (`place`), read the model, open the data, judge the original. What must be closed
+    goes into `cleanup`.
 
     Raises PerwattError where any of them can't be used."""
     progress(f"looking at the target {recipe.target.name}", 0.0)
-    target = checks.call("target", name=recipe.target.name)
-    if target["missing"]:
-        raise TargetError(f"target {recipe.target.name} can't be used here: {'; '.join(target['missing'])}")
+    with ExitStack() as asking:
+        there = checks if place.words is None else asking.enter_context(place.worker("the targets"))
+        backends, passed_over, absent = usable_backends(recipe, there)
     meanwhile = ThreadPoolExecutor(max_workers=1)
     cleanup.callback(meanwhile.shutdown, wait=False, cancel_futures=True)
     # What the worker will need is imported while the model is read here; nothing is being measured yet.
@@ -83,19 +100,43 @@ def prepare(recipe: Recipe, folder: Path, checks: Worker, progress: Progress, cl
     saved = {role: found.save(folder / "samples" / role) for role, found in samples.items()}
     _check_model(source, folder, checks)
     progress("judging the original", 0.2)
-    eager, opened = _eager_side(reading, recipe, folder, meanwhile)
+    eager, opened = _eager_side(reading, recipe, folder, place, meanwhile)
     if eager is not None:
         cleanup.callback(eager.close)
-    select, evaluation = _evaluations(recipe, roles, samples, saved, source, folder, checks)
+    select, evaluation = _evaluations(recipe, backends, roles, samples, saved, source, folder, checks, place)
     try:
         opened.result()
     except BackendError as error:
         notes.append(f"torch eager could not be measured: {error}")
         eager = None
     return Prepared(
-        target, capabilities_from_json(target["capabilities"]), reading, roles, samples, saved, select, evaluation,
-        _max_drop(recipe, evaluation), eager, [*roles.shares, *roles.notes, *notes],
+        backends, absent, reading, roles, samples, saved, select, evaluation, _max_drop(recipe, evaluation), eager,
+        [*roles.shares, *roles.notes, *notes, *passed_over],
     )  # fmt: skip
+
+
+def usable_backends(recipe: Recipe, checks: Worker) -> tuple[list[Backend], list[str], Absent | None]:
+    """The backends that the recipe's target stands for and that can be used, in words which were passed over, and, where
+    none can be used, the one that a portable bundle can be prepared for. Raises TargetError where there is none either."""
+    names = registry.serving(recipe.target.name)
+    usable, missing = ask(names, operating_point(recipe), checks)
+    reasons = [f"{name} can't be used here: {'; '.join(why)}" for name, why in missing.items()]
+    if not usable:
+        for name in names:
+            portable = registry.target(name).portable()
+            if portable is not None:
+                return [], [], Absent(name, portable, tuple(reasons))
+        alone = f"target {names[0]} can't be used here: {'; '.join(missing[names[0]])}" if len(names) == 1 else ""
+        raise TargetError(alone or f"nothing that serves {recipe.target.name} can be used here: {'; '.join(reasons)}")
+    quick = [backend for backend in usable if not backend.slow_to_lower]
+    time_s = recipe.budget.time
+    if quick and len(quick) < len(usable) and (time_s is None or time_s < TIME_FOR_SLOW_S):
+        slow = ", ".join(backend.name for backend in usable if backend.slow_to_lower)
+        reasons.append(
+            f"{slow} was not tried, it compiles for long: --time {TIME_FOR_SLOW_S // 60:g}m or --target {slow}"
+        )
+        return quick, reasons, None
+    return usable, reasons, None
 
 
 def operating_point(recipe: Recipe) -> OperatingPoint:
@@ -164,12 +205,13 @@ def _check_model(source: Artifact, folder: Path, checks: Worker) -> None:
         raise InputError(f"the model is not valid ONNX: {serious[0]}")
 
 
-def _evaluations(recipe: Recipe, roles: datasets.Roles, samples: dict[str, Samples], saved: dict[str, Path],
-                 source: Artifact, folder: Path, checks: Worker) -> tuple[Evaluation | None, Evaluation | None]:  # fmt: skip
+def _evaluations(recipe: Recipe, backends: list[Backend], roles: datasets.Roles, samples: dict[str, Samples],
+                 saved: dict[str, Path], source: Artifact, folder: Path,
+                 checks: Worker, place: Place) -> tuple[Evaluation | None, Evaluation | None]:  # fmt: skip
     """What to choose with and what to judge with; stops where the original itself makes no sense on the data."""
     if "evaluation" not in samples or "select" not in samples:
         return None, None
-    outputs = _fp32_outputs(source, saved["evaluation"], folder, checks, recipe.target.name)
+    outputs = _fp32_outputs(source, saved["evaluation"], folder, checks, place, backends[0].name if backends else None)
     metric = metrics.resolve(recipe.data.metric, samples["evaluation"], outputs)
     # The evaluation samples are the select samples and then the confirm samples, batch by batch.
     first = outputs[: len(list(samples["select"]))]
@@ -181,14 +223,18 @@ def _evaluations(recipe: Recipe, roles: datasets.Roles, samples: dict[str, Sampl
     return found[0], found[1]
 
 
-def _fp32_outputs(source: Artifact, samples: Path, folder: Path, checks: Worker, target: str) -> list[Batch]:
-    """The original in float32: by ONNX Runtime, else by the target itself."""
+def _fp32_outputs(
+    source: Artifact, samples: Path, folder: Path, checks: Worker, place: Place, target: str | None
+) -> list[Batch]:
+    """The original in float32: by ONNX Runtime, else by the target itself where it is here."""
     out = folder / f"fp32-{samples.name}"
     try:
         checks.call("reference", model=str(source.file(folder)), samples=str(samples), out=str(out), optimized=True)
     except BackendError:
+        if target is None:
+            raise
         point = OperatingPoint(floating_precision="f32")
-        with Worker("float32 original") as worker:
+        with place.worker("float32 original") as worker:
             worker.call("open", target=target, model=str(source.file(folder)), point=point.to_json())
             worker.call("predict", samples=str(samples), out=str(out))
     return load_outputs(out)
@@ -204,11 +250,11 @@ def _max_drop(recipe: Recipe, evaluation: Evaluation | None) -> float:
 
 
 def _eager_side(
-    reading: Reading, recipe: Recipe, folder: Path, meanwhile: Executor
+    reading: Reading, recipe: Recipe, folder: Path, place: Place, meanwhile: Executor
 ) -> tuple[Side | None, Future[None]]:
     """torch eager in a worker of its own, for row 0 and for the comparison, and when it will be open; None where its
-    inputs are not those that are fed."""
-    if reading.exported is None or recipe.inputs:
+    inputs are not those that are fed, or where another machine measures, which may have no torch."""
+    if reading.exported is None or recipe.inputs or place.words is not None:
         return None, meanwhile.submit(lambda: None)
     import torch
 

@@ -39,6 +39,17 @@ def parse_milliseconds(value: Any) -> Any:
     return value
 
 
+def parse_bytes(value: Any) -> Any:
+    """`500MB`, `2GiB` or a number of bytes."""
+    if isinstance(value, str):
+        match = re.fullmatch(rf"\s*({_NUMBER})\s*([kMGT]i?)?B?\s*", value)
+        if not match:
+            raise ValueError(f"{value!r} is no size: write 500MB or 2GiB")
+        unit = match[2] or ""
+        return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** " kMGT".index(unit[:1] or " "))
+    return value
+
+
 def parse_fraction(value: Any) -> Any:
     """`3%` or 0.03."""
     if isinstance(value, str):
@@ -56,12 +67,18 @@ def _names(value: Any) -> Any:
 # What a file may hold, for the JSON Schema: the validators make numbers of the texts.
 _Positive = Annotated[float, Field(gt=0)]
 _TimeText = Annotated[str, Field(pattern=rf"^\s*{_NUMBER}\s*(ms|s|min|m|h)?\s*$")]
+_BytesText = Annotated[str, Field(pattern=rf"^\s*{_NUMBER}\s*([kMGT]i?)?B?\s*$")]
 _Share = Annotated[float, Field(ge=0, lt=1)]
 _ShareText = Annotated[str, Field(pattern=rf"^\s*{_NUMBER}\s*%?\s*$")]
 
 Seconds = Annotated[float, Field(gt=0), BeforeValidator(parse_seconds, json_schema_input_type=_Positive | _TimeText)]
 Milliseconds = Annotated[
     float, Field(gt=0), BeforeValidator(parse_milliseconds, json_schema_input_type=_Positive | _TimeText)
+]
+Bytes = Annotated[
+    int,
+    Field(gt=0),
+    BeforeValidator(parse_bytes, json_schema_input_type=Annotated[int, Field(gt=0)] | _BytesText),
 ]
 Fraction = Annotated[
     float, Field(ge=0, lt=1), BeforeValidator(parse_fraction, json_schema_input_type=_Share | _ShareText)
@@ -118,6 +135,7 @@ class Budget(Section):
     max_drop: float | None = Field(None, ge=0, description="Accuracy that may be lost: points, or metric units.")
     p99_ms: Milliseconds | None = Field(None, description="Latency that 99 % of calls must stay under.")
     min_gain: Fraction = Field(0.03, description="Least gain worth shipping, as 3% or 0.03.")
+    memory: Bytes | None = Field(None, description="Resident memory that the program may take, as 500MB, 2GiB.")
     time: Seconds | None = Field(None, description="Time budget of the whole run, as 90s, 10m, 1h.")
     prove_accuracy: bool = Field(False, description="The interval's bound must hold the budget, not the estimate.")
 
@@ -126,9 +144,14 @@ class TargetSection(Section):
     """Where and how the result will run."""
 
     name: str = "cpu"
+    on: str | None = Field(None, description="The machine to lower, tune and measure on, as ssh://user@host.")
     threads: int | None = Field(None, gt=0, description="Threads; None: the backend's own default.")
     scenario: Literal["single-stream", "offline"] = "single-stream"
-    batch: int | None = Field(None, gt=0, description="Items in a call; None: 1 in single-stream, 32 in offline.")
+    batch: int | None = Field(
+        None, gt=0, description="Items in a call; None: 1 in single-stream, tuned from 32 on in offline."
+    )
+    allow_power_control: bool = Field(False, description="The search may set a GPU's power limit and clock.")
+    tune: bool = Field(True, description="Search for the operating point that costs least: what is left open here.")
 
 
 class PassStep(Section):

@@ -1,7 +1,8 @@
 """The numeric reference: ONNX Runtime without graph optimization, so that what the file says is what is computed.
 
 It runs inside the worker. Where ONNX Runtime has no kernel for an operator in the given type (bfloat16 MatMul, Add and
-Conv among them) it says so with BackendError, and the caller reports "not verified".
+Conv among them) the interpreter takes its place; where that can't run it either, or torch is not installed, BackendError
+says so, and the caller reports "not verified".
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from perwatt.artifact import Artifact
-from perwatt.errors import BackendError
+from perwatt.errors import BackendError, PerwattError
 from perwatt.signature import Batch, inferences, rows, split
 
 
 class Reference:
-    """One model in ONNX Runtime on the CPU. `optimized` lets the runtime fuse (faster, still float32)."""
+    """One model on the CPU. `optimized` lets ONNX Runtime fuse (faster, still float32)."""
 
     def __init__(self, artifact: Artifact, folder: Path, taps: Sequence[str] = (), *, optimized: bool = False) -> None:
         import onnxruntime
 
         self.signature = artifact.signature
         path = _with_taps(artifact, folder, taps) if taps else artifact.file(folder)
+        self.interpreter: Any = None
+        self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         level = onnxruntime.GraphOptimizationLevel
@@ -31,7 +34,9 @@ class Reference:
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise BackendError(f"ONNX Runtime can't run this model: {_words(error)}") from error
+            self.interpreter = _interpreter(path, f"ONNX Runtime can't run this model: {_words(error)}")
+            self.outputs = list(self.interpreter.outputs)
+            return
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def run(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -47,11 +52,39 @@ class Reference:
             yield {name: np.concatenate([out[name][:real] for out, real in pieces]) for name in self.outputs}
 
     def _call(self, batch: Batch) -> Batch:
+        if self.interpreter is not None:
+            return self._interpreted(batch)
         try:
             return dict(zip(self.outputs, self.session.run(self.outputs, batch), strict=True))
         except Exception as error:
+            # Some of its kernels refuse at run time what ONNX allows, an attention mask that broadcasts for one.
             count = inferences(self.signature, batch)
-            raise BackendError(f"ONNX Runtime failed on {count} samples: {_words(error)}") from error
+            refused = f"ONNX Runtime failed on {count} samples: {_words(error)}"
+            self.interpreter = _interpreter(self.path, refused)
+            try:
+                return self._interpreted(batch)
+            except BackendError as second:
+                raise BackendError(f"{refused}; {second}") from error
+
+    def _interpreted(self, batch: Batch) -> Batch:
+        try:
+            found: Batch = self.interpreter.run(batch)
+        except Exception as error:
+            count = inferences(self.signature, batch)
+            raise BackendError(f"the interpreter failed on {count} samples: {_words(error)}") from error
+        return found
+
+
+def _interpreter(path: Path, refused: str) -> Any:
+    """The model in torch, where ONNX Runtime `refused` it."""
+    try:
+        from perwatt.interpreter import Interpreter
+    except ImportError:
+        raise BackendError(refused) from None
+    try:
+        return Interpreter(Artifact.load(path).model)
+    except PerwattError as error:
+        raise BackendError(f"{refused}; {error}") from error
 
 
 def _with_taps(artifact: Artifact, folder: Path, taps: Sequence[str]) -> Path:

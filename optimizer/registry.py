@@ -21,8 +21,8 @@ from perwatt.errors import InputError, PerwattError, nearest
 from perwatt.recipe import OneOf, PassStep, Recipe
 
 Kind = Literal["passes", "targets"]
-ALIASES = {"cpu": ("openvino",)}
-"""Names that stand for the backends which serve them, best liked first."""
+ALIASES = ("cpu", "gpu")
+"""Names that stand for the backends which say that they serve them; measuring decides which of these it is."""
 
 
 @cache
@@ -87,10 +87,40 @@ def pass_class(name: str) -> type[Pass]:
     return found
 
 
-def target(name: str) -> Target:
-    """The target of that name; an alias gives the first backend that serves it. Raises InputError for unknown ones."""
-    found: Target = _class("targets", ALIASES.get(name, (name,))[0], Target)()
+def target_class(name: str) -> type[Target]:
+    """The target of that plain name. Raises InputError that lists the nearest known names."""
+    found: type[Target] = _class("targets", name, Target)
     return found
+
+
+def target(name: str) -> Target:
+    """The target of that name, as `openvino` or `onnxruntime:cuda`. Raises InputError for unknown ones, aliases
+    included: `serving` says what they stand for."""
+    plain, _, variant = name.partition(":")
+    cls = target_class(plain)
+    if variant not in cls.variants:
+        known = ", ".join(f"{plain}:{v}" if v else plain for v in cls.variants)
+        raise InputError(f"{plain} has no variant {variant!r}: known are {known}")
+    return cls(variant)
+
+
+def serving(name: str) -> list[str]:
+    """The targets that `name` stands for: itself, or those that serve an alias, best liked first and slow ones last.
+    Raises InputError for unknown names."""
+    if name not in ALIASES:
+        return [target(name).full_name]
+    found = []
+    for plain in names("targets"):
+        try:
+            cls = target_class(plain)
+        except InputError:
+            # A broken package of somebody else's is an error only for who names it.
+            if not isinstance(_found("targets")[plain], EntryPoint):
+                raise
+            continue
+        if name in cls.serves:
+            found.append((cls.slow_to_lower, -cls.preference, cls(cls.serves[name]).full_name))
+    return [full_name for *_, full_name in sorted(found)]
 
 
 def _settings_model(cls: type[Pass]) -> Any:

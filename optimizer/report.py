@@ -100,6 +100,8 @@ class CandidateReport(_Part):
     name: str
     passes: list[str]
     floating_precision: str | None
+    backend: str | None = None
+    operating_point: dict[str, Any] | None = None
     verdict: Literal["shipped", "runner-up", "rejected"]
     reason: str
     cpu_s_ratio: RatioFigure | None = Field(None, description="To the original, while screening.")
@@ -143,12 +145,24 @@ class Report(_Part):
     outcome: Outcome
     reason: str = Field(description="Why this outcome, in a sentence.")
     model: dict[str, Any] = Field(description="name, path, format, digest, inputs, outputs, weights_bytes.")
-    target: dict[str, Any] = Field(description="name, backend, device, scenario, batch, versions, isa.")
+    target: dict[str, Any] = Field(
+        description="name, tried (the backends that it stands for), backend, device, scenario, batch, versions, isa."
+    )
     original: SideFigures
     optimized: SideFigures
     ratio: RatioFigures = Field(description="Each side at its best permitted operating point: the headline.")
     ratio_graph: RatioFigures = Field(description="Both sides at the same operating point: the graph's share.")
     accuracy: AccuracyReport | None
+    ratio_point: RatioFigures | None = Field(
+        None,
+        description="The original's graph at the shipped operating point ÷ at its own: the point's share; null where "
+        "the point is the original's own.",
+    )
+    tuning: dict[str, Any] | None = Field(
+        None,
+        description="seconds, and every operating point that was measured for the shipped graph: operating_point, "
+        "settings, figures, ratios to the start, peak_memory_bytes, reason why it may not win.",
+    )
     torch_eager: EagerReport | None
     passes: list[PassReport]
     candidates: list[CandidateReport]

@@ -202,6 +202,7 @@ def _evidence(report: Report) -> str:
         [
             ("Joules", [*words.joules_words(report), *([f"source: {plain(source)}"] if source else [])]),
             ("Ratios", words.point_words(report)),
+            ("Operating points", words.tuning_words(report)),
             ("torch eager", [eager] if eager else []),
             ("Measuring", [f"{name}: {said}" for name, said in words.facts(report.measuring)]),
             ("Data", [f"{name}: {said}" for name, said in words.facts(report.data)]),

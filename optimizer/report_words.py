@@ -17,6 +17,7 @@ from perwatt.report_units import (
     MISSING,
     TIMES,
     compact,
+    duration,
     in_units,
     inverse,
     known,
@@ -222,10 +223,35 @@ def point_words(report: Report) -> list[str]:
     (best, name), (graph, _) = gain(report.ratio, energy), gain(report.ratio_graph, energy)
     if report.ratio == report.ratio_graph and report.original.operating_point == report.optimized.operating_point:
         return [f"both sides ran at the same operating point: {with_interval(best)} {name} is the graph's own share"]
-    return [
-        f"{with_interval(best)} {name}, each side at its best permitted operating point (the headline)",
-        f"{with_interval(graph)} {name}, both sides at the same operating point (the graph's own share)",
+    if report.ratio == report.ratio_point:
+        return [f"{with_interval(best)} {name}, all of it by the operating point: the graph is the original's own"]
+    said = [
+        f"{with_interval(best)} {name}, each side at its own operating point (the headline)",
+        f"{with_interval(graph)} {name}, both sides at the shipped operating point (the graph's share)",
     ]
+    if report.ratio_point is not None:
+        point, _ = gain(report.ratio_point, energy)
+        said.append(
+            f"{with_interval(point)} {name}, the original's graph at the two points (the operating point's share)"
+        )
+    return said
+
+
+def tuning_words(report: Report) -> list[str]:
+    """What operating points were searched, and what became of each."""
+    if report.tuning is None:
+        return []
+    points = report.tuning["points"]
+    said = [f"{len(points)} operating points in {duration(report.tuning['seconds'])}"]
+    for point in points:
+        plain_point = {name: value for name, value in point["operating_point"].items() if name != "scenario"}
+        set_values = ", ".join(
+            f"{name.replace('_', ' ')} {value_words(v)}" for name, v in plain_point.items() if v is not None
+        )
+        cpu = point["figures"].get("cpu_s_per_inference")
+        cost = in_units([cpu], TIMES)[0] + " of CPU per inference" if cpu is not None else "not measured"
+        said.append(f"{set_values}: {cost}{', ' + plain(point['reason']) if point['reason'] else ''}")
+    return said
 
 
 UNEVEN = 2.0

@@ -14,10 +14,13 @@ from perwatt.measurement import Window
 
 CALL_TIMEOUT_S = 600.0
 """A backend that takes longer for a few calls hangs, or is of no use."""
+OPEN_TIMEOUT_S = 900.0
+"""The same for compiling a model; a search for kernels takes minutes."""
 
 
 class Side:
-    """One program in one worker. `windows` are short ones, for time; `energy_windows` those long enough for a counter
+    """One program in one worker. `power` is the power limit in W and the clock in MHz of the GPU that it is measured at,
+    None being what they were. `windows` are short ones, for time; `energy_windows` those long enough for a counter
     (empty where the meter needs none, and then every window has its energy)."""
 
     def __init__(self, label: str, worker: Worker, load: Callable[[], dict[str, Any]] = dict) -> None:
@@ -28,6 +31,7 @@ class Side:
         self.energy_windows: list[Window] = []
         self.peak_memory_bytes: int | None = None
         self.warm_up: dict[str, Any] = {}
+        self.power: tuple[float | None, int | None] = (None, None)
         self._prepared: Path | None = None
         self._load = load
 
@@ -44,6 +48,7 @@ class Side:
         """Lower `artifact` in a worker of its own, or in `worker`, whose last program makes room for it."""
         model = str(artifact.file(folder))
         side = cls.to_open(label, "open", worker, target=target, model=model, point=asdict(point))
+        side.power = (point.power_limit_w, point.clock_mhz)
         try:
             side.load()
         except BaseException:
@@ -69,11 +74,14 @@ class Side:
         `operation`: open (an artifact), load (what a bundle holds) or open_file (a file of the backend's own)."""
         chosen = worker or Worker(label)
         chosen.start()
-        return cls(label, chosen, lambda: chosen.call(operation, **parameters))
+        return cls(label, chosen, lambda: chosen.call(operation, timeout_s=OPEN_TIMEOUT_S, **parameters))
 
     def load(self) -> None:
         """Load the program into the worker, anew where the worker died."""
         self.facts = self._load()
+        for name, value in zip(("power_limit_w", "clock_mhz"), self.power, strict=True):
+            if value is not None:
+                self.facts["operating_point"][name] = value
         self._prepared = None
 
     def prepare(self, samples: Path, warm_up_s: float, most_s: float | None = None) -> None:

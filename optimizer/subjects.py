@@ -151,13 +151,14 @@ def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) 
     program = bundle.program
     target = str(program["target"])
     asked = options.get("target")
-    if asked is not None and registry.target(asked).name() != target:
+    if asked is not None and target not in registry.serving(asked):
         raise InputError(
             f"{path} is a bundle for {target}, not for {asked}", fix=f"give its {path / 'model.onnx'}, or no --target"
         )
     facts = _check_target(target, checks)
-    if not (path / target).is_dir():
-        raise InputError(f"the bundle {path} is damaged: it has no folder {target}", fix="make it anew")
+    saved = path / registry.target(target).name()
+    if not saved.is_dir():
+        raise InputError(f"the bundle {path} is damaged: it has no folder {saved.name}", fix="make it anew")
     # Its own data, read in its own way, but for what the command says otherwise.
     own, asked_for = build_recipe(path / "recipe.yaml"), _only(options, DATA_OPTIONS)
     recipe = build_recipe(path / "recipe.yaml", **asked_for) if asked_for else own
@@ -169,7 +170,7 @@ def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) 
         label, path, "bundle", target, facts["device"], bundle.signature, point, recipe, tokenizer=tokenizer,
         artifact=Artifact(path=path / "model.onnx", signature=bundle.signature), label2id=_label2id(tokenizer), notes=notes,
     )  # fmt: skip
-    return subject, "load", {"folder": str(path / target), "signature": asdict(bundle.signature)}
+    return subject, "load", {"folder": str(saved), "signature": asdict(bundle.signature)}
 
 
 def _overridden(own: DataSection, asked: DataSection) -> list[str]:
@@ -231,7 +232,8 @@ def _model(
     path: Path, label: str, options: Mapping[str, Any], folder: Path, checks: Worker
 ) -> tuple[Subject, str, dict[str, Any]]:
     recipe = options_recipe(path, _only(options, (*DATA_OPTIONS, *MODEL_OPTIONS, "target")))
-    target = registry.target(recipe.target.name).name()
+    # A model file is measured as it is: an alias stands for its best liked backend, whatever would be chosen for it.
+    target = registry.serving(recipe.target.name)[0]
     facts = _check_target(target, checks)
     reading = read_model(recipe, checks)
     point = _at(operating_point(recipe), options)

@@ -206,6 +206,7 @@ def _details(out: Output, report: Report) -> None:
     )
     for title, side in (("Before", report.original), ("After", report.optimized)):
         out.section(title, ["; ".join(f"{name}: {value}" for name, value in words.operating_point_words(side))])
+    out.section("Tuning", words.tuning_words(report))
     for title, facts in (("Measuring", report.measuring), ("Data", report.data), ("Target", report.target)):
         out.section(title, [f"{name}: {said}" for name, said in words.facts(facts)])
     run = (f"perwatt {plain(report.perwatt_version)}", duration(report.seconds), plain(report.created))

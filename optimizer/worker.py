@@ -31,11 +31,12 @@ from perwatt.data import Samples
 from perwatt.errors import BackendError, InputError, PerwattError
 from perwatt.measurement import Window
 from perwatt.signature import Batch
+from perwatt.worker_meter import MeterOperations
 
 WATCH_S = 0.5
 
 
-class Session:
+class Session(MeterOperations):
     """What one worker holds between operations: at most one opened program and its calls."""
 
     def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
@@ -115,16 +116,19 @@ class Session:
 
         return {}
 
-    def target(self, name: str) -> dict[str, Any]:
-        """What a target says of itself here."""
+    def target(self, name: str, point: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a target says of itself here; its knobs are those for the scenario of `point`."""
         from perwatt import registry
 
         found = registry.target(name)
         missing = found.missing()
-        facts = {"missing": missing, "device": found.device}
+        facts = {"missing": missing, "device": found.device, "slow_to_lower": found.slow_to_lower}
         if missing:
-            return {**facts, "capabilities": None, "versions": {}}
-        return {**facts, "capabilities": asdict(found.capabilities()), "versions": found.versions()}
+            return {**facts, "capabilities": None, "versions": {}, "knobs": {}}
+        knobs = found.knobs(OperatingPoint(**(point or {})))
+        return {
+            **facts, "capabilities": asdict(found.capabilities()), "versions": found.versions(), "knobs": knobs
+        }  # fmt: skip
 
     def open(self, target: str, model: str, point: dict[str, Any]) -> dict[str, Any]:
         """Lower `model`; the program stays open in this worker."""

@@ -20,6 +20,7 @@ from perwatt.measurement import Ratio
 from perwatt.measuring import FIGURES, cpu_ratio, figures, ratios, side_by_side
 from perwatt.report import Report
 from perwatt.sides import Side
+from perwatt.study import AT_POINT, Result
 
 LABELLED = ("power_w", "energy_j_per_inference", "throughput_per_watt")
 RECORDED_PACKAGES = (
@@ -34,10 +35,12 @@ def write_bundle(run: Run, out: Path) -> Bundle:
     with writing(out) as folder:
         artifact = run.result.winner.branch.artifact
         _copy_model(run, folder)
-        target = registry.target(run.recipe.target.name)
+        backend = run.result.winner.backend
+        target = registry.target(backend.name)
         deployed = winner.worker.call("save", folder=str(folder / target.name()))["files"]
         write_json(
-            folder / "program.json", program_json(target.name(), artifact.signature, winner.facts, preprocessing(run))
+            folder / "program.json",
+            program_json(backend.name, artifact.signature, winner.facts, preprocessing(run), front_of(run)),
         )
         script = target.script()
         if script is not None:
@@ -49,6 +52,17 @@ def write_bundle(run: Run, out: Path) -> Bundle:
         _write_html(report, folder)
         write_json(folder / LOCK, lock(run, folder))
     return Bundle(out)
+
+
+def front_of(run: Run) -> list[dict[str, Any]]:
+    """The operating points of the shipped graph that no other one beats, for loaders: those that the saved program can
+    take. Empty where none were searched."""
+    front, winner = run.result.front, run.result.winner
+    if front is None:
+        return []
+    fixed = registry.target(winner.backend.name).fixed_once_saved
+    kept = [t for t in front.undominated() if all(getattr(t.point, f) == getattr(winner.point, f) for f in fixed)]
+    return [trial.to_json() for trial in kept]
 
 
 def preprocessing(run: Run) -> dict[str, Any] | None:
@@ -140,7 +154,9 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
         }
 
     label = "optimized" if "optimized" in sides else "original"
-    graph_base = "original at the same point" if "original at the same point" in sides else "original"
+    # Where the shipped graph is the original's own, the graph's share of the gain is none.
+    same_graph = result.winner.branch is result.baseline.branch
+    graph_base = label if same_graph else AT_POINT if AT_POINT in sides else "original"
     best_lossy = _last_word(run)
     return Report.model_validate(
         {
@@ -158,6 +174,8 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
                 shipped, sides[graph_base], sizes, peaks, label, graph_base, score, baseline_accuracy
             ),
             "accuracy": _accuracy(run) if comparison is not None else None,
+            "ratio_point": _point_figures(sides, sizes, peaks, label, same_graph, score, baseline_accuracy),
+            "tuning": _tuning(result),
             "torch_eager": _eager(sides, shipped),
             "passes": [row.to_json() for row in run.rows],
             "candidates": [_candidate(c) for c in result.candidates],
@@ -198,12 +216,14 @@ def _model_facts(run: Run) -> dict[str, Any]:
 def _target_facts(run: Run, side: Side) -> dict[str, Any]:
     return {
         "name": run.recipe.target.name,
+        "on": run.on,
+        "tried": [backend.name for backend in run.prepared.backends],
         "backend": side.facts["backend"],
         "device": side.facts["device"],
         "scenario": run.recipe.target.scenario,
         "batch": side.facts["operating_point"]["batch"],
-        "versions": run.prepared.target["versions"],
-        "isa": list(run.prepared.capabilities.isa),
+        "versions": run.result.winner.backend.versions,
+        "isa": list(run.result.winner.backend.capabilities.isa),
     }
 
 
@@ -227,6 +247,25 @@ def _ratio_figures(ours: Side, theirs: Side, sizes: dict[str, int], peaks: dict[
     plain["peak_memory_bytes"] = exact(peaks[label], peaks[base])
     plain["accuracy"] = exact(accuracy, baseline_accuracy)
     return plain
+
+
+def _point_figures(sides: dict[str, Side], sizes: dict[str, int], peaks: dict[str, int | None], label: str,
+                   same_graph: bool, score: float | None, original: float | None) -> dict[str, Any] | None:  # fmt: skip
+    """The original's graph at the shipped operating point ÷ at its own: the point's share of the gain. None where the
+    shipped point is the original's own."""
+    if same_graph and label == "optimized":
+        return _ratio_figures(sides[label], sides["original"], sizes, peaks, label, "original", score, original)
+    if AT_POINT in sides:
+        return _ratio_figures(sides[AT_POINT], sides["original"], sizes, peaks, AT_POINT, "original", None, None)
+    return None
+
+
+def _tuning(result: Result) -> dict[str, Any] | None:
+    """What was searched: every operating point that was measured, and for how long."""
+    if result.front is None:
+        return None
+    trials = [trial.to_json() for trial in result.front.trials]
+    return {"seconds": round(result.front.seconds, 2), "points": trials}
 
 
 def _accuracy(run: Run) -> dict[str, Any]:
@@ -274,6 +313,8 @@ def _candidate(candidate: Any) -> dict[str, Any]:
         "name": candidate.name,
         "passes": candidate.branch.applied(),
         "floating_precision": candidate.point.floating_precision,
+        "backend": candidate.backend.name,
+        "operating_point": candidate.point.to_json(),
         "verdict": candidate.verdict,
         "reason": candidate.reason,
         "cpu_s_ratio": plain("cpu_s_per_inference"),
@@ -322,11 +363,14 @@ def lock(run: Run, folder: Path) -> dict[str, Any]:
             "outcome": run.result.outcome,
             "passes": [{"name": s.name, "settings": s.settings} for s in run.result.winner.branch.artifact.steps],
             "operating_point": run.result.winner.point.to_json(),
+            "backend": run.result.winner.backend.name,
             "artifact": run.result.winner.branch.artifact.digest(),
         },
         "seeds": {"seed": run.recipe.seed},
         "versions": {"python": platform.python_version(), **_versions()},
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "isa": list(run.prepared.capabilities.isa),
+        "hardware": {"machine": platform.machine(), "system": platform.system(), "on": run.on,
+                     "fingerprint": run.machine["fingerprint"],
+                     "isa": list(run.result.winner.backend.capabilities.isa),
                      "device": run.result.sides["original"].facts["device"]},
         "outputs": {str(p.relative_to(folder)): digest_of(p) for p in sorted(folder.rglob("*")) if p.is_file()},
     }  # fmt: skip

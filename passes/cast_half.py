@@ -30,6 +30,7 @@ class CastHalf(Pass):
     stage: ClassVar[Stage] = Stage.PRECISION
     in_default: ClassVar[bool] = True
     tolerance: ClassVar[Tolerance | None] = None
+    depends_on_target: ClassVar[bool] = True
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         if "bfloat16" not in context.capabilities.half_types:

@@ -38,6 +38,7 @@ class QuantizeInt8(Pass):
     stage: ClassVar[Stage] = Stage.PRECISION
     in_default: ClassVar[bool] = True
     tolerance: ClassVar[Tolerance | None] = None
+    depends_on_target: ClassVar[bool] = True
     isolated: ClassVar[bool] = True
 
     exclude: tuple[str, ...] = ()

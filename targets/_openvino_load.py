@@ -24,12 +24,14 @@ from perwatt.signature import Batch, Signature, inferences
 
 
 class Load:
-    """Drives one compiled model. Inputs go by position: OpenVINO may give a port several names or none."""
+    """Drives one compiled model, with as many `requests` under way as are asked for, else as it likes. Inputs go by
+    position: OpenVINO may give a port several names or none."""
 
-    def __init__(self, compiled: Any, request: Any, signature: Signature) -> None:
+    def __init__(self, compiled: Any, request: Any, signature: Signature, requests: int | None = None) -> None:
         self.compiled = compiled
         self.request = request
         self.signature = signature
+        self.requests = requests
         self._queue: Any = None
 
     def one_by_one(self, samples: Sequence[Batch], seconds: float) -> Window:
@@ -50,7 +52,7 @@ class Load:
             return Window(done, wall, cpu_seconds() - cpu, latencies)
 
     def saturated(self, samples: Sequence[Batch], seconds: float) -> Window:
-        """As many calls under way as the compiled model likes, for at least `seconds`."""
+        """As many calls under way as there are requests, for at least `seconds`."""
         with self._requests(samples) as requests:
             cpu, start = cpu_seconds(), time.perf_counter()
             while time.perf_counter() - start < seconds or not requests.latencies:
@@ -85,7 +87,7 @@ class Load:
 
         # Kept from window to window: the first inference of a request is slower than all others.
         if self._queue is None:
-            self._queue = openvino.AsyncInferQueue(self.compiled)
+            self._queue = openvino.AsyncInferQueue(self.compiled, self.requests or 0)
         try:
             with in_words():
                 yield _Requests(self._queue, self._feeds(samples), self._counts(samples))

@@ -11,23 +11,31 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from perwatt import metrics, study
+from perwatt import metrics, setup
 from perwatt.artifact import Artifact
+from perwatt.backends import Backend
 from perwatt.candidates import Branch
 from perwatt.contract import Capabilities, OperatingPoint
 from perwatt.data import Samples
 from perwatt.errors import BackendError
 from perwatt.evaluation import Evaluation
+from perwatt.isolation import Worker
+from perwatt.judging import Judge
 from perwatt.measurement import Window
 from perwatt.measuring import Effort
 from perwatt.pipeline import Row
 from perwatt.recipe import Budget
+from perwatt.screening import Screening
+from perwatt.setup import Setup
 from perwatt.study import Result, Study
+from perwatt.tuning import TunePlan
 
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import conv_net
 
 CHOSEN_ON, JUDGED_ON = 200, 400
+SINGLE = ("original", "original at the same point", "optimized", "tuning")
+"""Labels of the sides that have a process of their own."""
 NOISE = (1.0, 1.002, 0.999, 1.001, 0.998, 1.0005)
 
 
@@ -41,6 +49,7 @@ class Play:
     wall_ms: float | None = None
     p99_ms: float | None = None
     lost: tuple[float, float] = (0.0, 0.0)
+    memory_bytes: int | None = None
     crash: str = ""
 
 
@@ -71,7 +80,7 @@ class ScriptedSide:
         self.windows: list[Window] = []
         self.energy_windows: list[Window] = []
         self.facts: dict[str, Any] = {}
-        self.closed = False
+        self.closed, self.peak_memory_bytes = False, None
 
     def prepare(self, samples: Path, warm_up_s: float, most_s: float | None = None) -> None:
         if self.play.crash == "measuring":
@@ -91,7 +100,7 @@ class ScriptedSide:
         """A program that is scripted needs no loading."""
 
     def note_memory(self) -> None:
-        self.peak_memory_bytes = None
+        self.peak_memory_bytes = self.play.memory_bytes
 
     def close(self) -> None:
         self.closed = True
@@ -134,17 +143,21 @@ class Stage:
         self.budget = Budget(max_drop=1.0)
         self.labelled = True
         self.eager: Play | None = None
-        monkeypatch.setattr(study.Side, "lowered", staticmethod(self.lowered))
+        self.backends: tuple[str, ...] = ("null",)
+        monkeypatch.setattr(setup.Side, "lowered", staticmethod(self.lowered))
 
     def lowered(
         self, label: str, target: str, artifact: Artifact, point: OperatingPoint, folder: Path, worker: Any = None
-    ):
-        play = self.script.get((NAMES[artifact.digest()], point.floating_precision), Play())
+    ) -> ScriptedSide:
+        graph, precision = NAMES[artifact.digest()], point.floating_precision
+        at_point = f"{point.batch} {precision}" if point.batch != 1 else f"{target} {precision}"
+        play = self.script.get((graph, at_point)) or self.script.get((graph, precision), Play())
         if play.crash == "opening":
             raise BackendError(f"{label}: the backend refused the model")
         if play.crash == "final" and label == "optimized":
             raise BackendError("optimized: the worker was ended by SIGKILL during open")
-        side = ScriptedSide(label, play, worker is not None)
+        # A screening worker serves all candidates of its backend.
+        side = ScriptedSide(label, play, label not in SINGLE)
         self.opened.append(side)
         return side
 
@@ -156,27 +169,34 @@ class Stage:
             metric, samples, self.folder / role, [], metric.score([{"y": scores(count, 0)}], samples, None)
         )
 
-    def study(self) -> Study:
-        return Study(
-            target="null",
-            capabilities=Capabilities(floating_precisions=self.precisions),
-            point=OperatingPoint(),
-            budget=self.budget,
-            source=GRAPHS["source"],
-            timing=self.folder,
-            select=self.evaluation("select", CHOSEN_ON) if self.labelled else None,
-            evaluation=self.evaluation("all", JUDGED_ON) if self.labelled else None,
-            max_drop=self.budget.max_drop or 0.0,
-            folder=self.folder,
-            eager=ScriptedSide("torch eager", self.eager, shared=True) if self.eager else None,
-            effort=Effort(min_blocks=2, max_s=5),
-            deadline=None,
-            progress=lambda share, text: None,
+    def backend(self, name: str) -> Backend:
+        return Backend(
+            name, capabilities=Capabilities(floating_precisions=self.precisions), alone=len(self.backends) == 1
         )
 
-    def run(self, *branches: Branch) -> Result:
+    def screening(self) -> Screening:
+        select = self.evaluation("select", CHOSEN_ON) if self.labelled else None
+        whole = self.evaluation("all", JUDGED_ON) if self.labelled else None
+        judge = Judge(self.budget, self.budget.max_drop or 0.0, select, whole, self.folder)
+        # Programs are opened in the script, not in this process.
+        place = Setup(self.folder, self.folder, worker=lambda label: Worker(label))
+        return Screening(place, judge, GRAPHS["source"], OperatingPoint(), [self.backend(n) for n in self.backends])
+
+    def study(self, *branches: Branch, plan: TunePlan | None = None) -> Study:
+        screening = self.screening()
+        return Study(
+            screening.setup,
+            screening.judge,
+            screening,
+            lambda backend: [SOURCE, *branches],
+            plan=plan,
+            eager=ScriptedSide("torch eager", self.eager, shared=True) if self.eager else None,
+            effort=Effort(min_blocks=2, max_s=5),
+        )
+
+    def run(self, *branches: Branch, plan: TunePlan | None = None) -> Result:
         self.opened.clear()
-        result = self.study().run([SOURCE, *branches])
+        result = self.study(*branches, plan=plan).run()
         kept = list(result.sides.values())
         assert all(side.closed for side in self.opened if not side.shared and side not in kept)
         assert not any(side.closed for side in kept)

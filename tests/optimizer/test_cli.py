@@ -220,7 +220,10 @@ def test_options_override_the_recipe(here: Path, call) -> None:
     )
     line = "--config r.yaml --target null --data samples.npz --passes -quantize-int8,+cast-half --dry-run --json"
     recipe = json.loads(call(*line.split()).stdout)["recipe"]
-    assert recipe["target"] == {"name": "null", "threads": 2, "scenario": "single-stream", "batch": None}
+    given = {name: recipe["target"][name] for name in ("name", "threads", "scenario", "batch", "tune", "on")}
+    assert given == {
+        "name": "null", "threads": 2, "scenario": "single-stream", "batch": None, "tune": True, "on": None
+    }  # fmt: skip
     assert recipe["data"]["all"] == "samples.npz" and recipe["seed"] == 3
     assert "quantize-int8" not in json.dumps(recipe["passes"])
 
@@ -264,9 +267,9 @@ def test_passes_and_targets_are_listed_with_their_pages(call) -> None:
         assert json.loads(call("passes", name, "--json").stdout)["name"] == name
     assert {entry["name"] for entry in json.loads(call("passes", "--json").stdout)} == set(registry.names("passes"))
     assert_one_line_error(call("passes", "fold-batchnrm"), 2, "fold-batchnorm")
-    entries = {entry["name"]: entry for entry in json.loads(call("targets", "--json").stdout)}
-    assert entries["null"]["missing"] == [] and entries["openvino"]["alias"] == "cpu"
-    assert "null" in call("targets").stdout
+    entries = {entry["name"]: entry for entry in json.loads(call("targets", "--json").stdout)["targets"]}
+    assert entries["null"]["variants"][0]["missing"] == [] and entries["openvino"]["serves"]["cpu"] == "openvino"
+    assert call("targets", "null").stdout.startswith("✓ null")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -285,7 +285,7 @@ def test_third_party_passes_that_lie_or_destroy_accuracy_are_named_and_never_shi
 def test_openvino_in_earnest(here: Path) -> None:
     """Real lowering, real time, whatever the verdict: figures are there, the bundle runs with and without perwatt."""
     bundle = perwatt.optimize(
-        here / "net.onnx", target="cpu", data=here / "samples.npz", out=here / "real", passes="fold-batchnorm",
+        here / "net.onnx", target="openvino", data=here / "samples.npz", out=here / "real", passes="fold-batchnorm",
         time="8s", batch=4, threads=1,
     )  # fmt: skip
     report = assert_complete(bundle)
@@ -304,3 +304,50 @@ def test_openvino_in_earnest(here: Path) -> None:
     )  # fmt: skip
     assert alone.returncode == 0, alone.stderr
     np.testing.assert_allclose(np.load(here / "y.npz")["y"], loaded, rtol=1e-5, atol=1e-6)
+
+
+def test_backends_that_crash_hang_or_refuse_cost_themselves_and_not_the_run(tmp_path: Path) -> None:
+    """The alias finds four of somebody else's beside ours; each ends in its own way, and a real one is the answer."""
+    put_net(tmp_path)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    head = """
+        import ctypes, time
+        from perwatt.contract import Capabilities, Target
+        from perwatt.errors import BackendError
+
+        class {cls}(Target):
+            serves = {{"cpu": ""}}
+            preference = 9
+
+            def missing(self):
+                {missing}
+                return []
+
+            def capabilities(self):
+                return Capabilities()
+
+            def lower(self, artifact, point):
+                {lower}
+
+            def versions(self):
+                return {{}}
+        """
+    package(theirs, "targets", "asked-dies", head.format(cls="AskedDies", missing="ctypes.string_at(0)", lower="pass"))
+    package(theirs, "targets", "lower-dies", head.format(cls="LowerDies", missing="pass", lower="ctypes.string_at(0)"))
+    refusal = 'raise BackendError("no kernel for your model")'
+    package(theirs, "targets", "refuses", head.format(cls="Refuses", missing="pass", lower=refusal))
+    eats = "print('allocating'); self.held = bytearray(10**15)"
+    package(theirs, "targets", "eats-memory", head.format(cls="EatsMemory", missing="pass", lower=eats))
+    done = optimize(
+        "net.onnx", "--target", "cpu", "--data", "samples.npz", "--passes", "fold-batchnorm", "--no-tune", "--json",
+        "--max-drop", "9", cwd=tmp_path, path=theirs,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["target"]["backend"] in ("openvino", "onnxruntime")
+    notes = "\n".join(report["notes"])
+    assert "asked-dies can't be used here: checks: the worker was ended by SIGSEGV" in notes
+    assert "lower-dies does not take this model: original: the worker was ended by SIGSEGV" in notes
+    assert "refuses does not take this model: no kernel for your model" in notes
+    assert "eats-memory does not take this model: out of memory during open" in notes

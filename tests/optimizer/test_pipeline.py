@@ -100,7 +100,12 @@ class Bench:
             execute=lambda artifact, batches, taps: [],
             measure=lambda artifacts: [],
         )
-        proof = Proof(self.check, self.reference, lambda made_by, artifact: self.run_isolated(made_by, artifact))
+        proof = Proof(
+            self.check,
+            self.reference,
+            lambda made_by, artifact, _: self.run_isolated(made_by, artifact),
+            lambda artifact, _: self.reference(artifact),
+        )
         self.pipeline = Pipeline(self.source, self.context, proof)
 
     def check(self, artifact: Artifact) -> list[str]:

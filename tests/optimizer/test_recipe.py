@@ -15,10 +15,12 @@ FULL = {
         "normalize": "imagenet", "text": ["a", "b"], "label": "c", "metric": "top1", "expect": 91.6, "max_samples": 100,
     },
     "inputs": {"x": {"dtype": "uint8", "layout": "NHWC", "scale": 0.5, "mean": [1.0, 2.0], "std": 3.0}},
-    "budget": {"max_drop": 0.5, "p99_ms": 20.0, "min_gain": 0.05, "time": 600.0, "prove_accuracy": True},
+    "budget": {"max_drop": 0.5, "p99_ms": 20.0, "min_gain": 0.05, "time": 600.0, "prove_accuracy": True,
+               "memory": 500_000_000},
     "passes": ["fold-batchnorm", {"quantize-int8": {"exclude": ["/a/*"]}},
                {"one-of": ["cast-half", {"quantize-int8": {"subset_size": 8}}]}],
-    "target": {"name": "cpu", "threads": 2, "scenario": "offline", "batch": 32},
+    "target": {"name": "cpu", "threads": 2, "scenario": "offline", "batch": 32, "tune": False, "on": "ssh://me@there",
+               "allow_power_control": False},
     "seed": 7,
 }  # fmt: skip
 MODEL = {"model": {"path": "m.pt"}}
@@ -180,3 +182,16 @@ def test_steps_have_three_spellings():
         OneOf(steps=[PassStep(name="d"), PassStep(name="e")]),
     ]  # fmt: skip
     assert isinstance(parse({**MODEL, "passes": steps}), Recipe)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("500MB", 500_000_000), ("2GiB", 2 << 30), ("1.5k", 1500), (" 3 MiB", 3 << 20), (12345, 12345), ("64", 64)],
+)
+def test_memory_is_read_in_the_units_that_people_write(written, read):
+    assert parse({**MODEL, "budget": {"memory": written}}).budget.memory == read
+
+
+@pytest.mark.parametrize("written", ["lots", "5 apples", -1, 0, "MB"])
+def test_memory_that_is_none_is_refused(written):
+    assert refused(budget={"memory": written}).startswith("budget.memory: ")

@@ -75,8 +75,24 @@ def test_what_is_shipped_is_there_and_bears_its_file_s_name():
         assert isinstance(found, Target) and found.name() == name
 
 
-def test_cpu_is_openvino():
-    assert registry.target("cpu").name() == "openvino"
+def test_an_alias_stands_for_all_that_serve_it_best_liked_first_and_slow_ones_last():
+    assert registry.serving("cpu") == ["openvino", "onnxruntime", "inductor"]
+    assert registry.serving("gpu")[0] == "tensorrt" and registry.serving("gpu")[-1] == "inductor:cuda"
+    assert {"onnxruntime:cuda", "openvino:gpu"} <= set(registry.serving("gpu"))
+    assert registry.serving("null") == ["null"]
+
+
+def test_a_variant_stands_behind_a_colon_and_an_unknown_one_lists_those_there_are():
+    found = registry.target("onnxruntime:cuda")
+    assert (found.name(), found.variant, found.full_name, found.device) == (
+        "onnxruntime",
+        "cuda",
+        "onnxruntime:cuda",
+        "gpu",
+    )
+    assert registry.target("onnxruntime").full_name == "onnxruntime"
+    with pytest.raises(InputError, match=r"inductor has no variant 'metal': known are inductor, inductor:cuda"):
+        registry.target("inductor:metal")
 
 
 def test_an_unknown_name_lists_the_nearest():
@@ -84,7 +100,9 @@ def test_an_unknown_name_lists_the_nearest():
         registry.pass_class("quantise-int8")
     with pytest.raises(InputError, match="unknown target 'openvin': did you mean openvino"):
         registry.target("openvin")
-    with pytest.raises(InputError, match=r"unknown target 'xyzzy': known are cpu, null, openvino"):
+    with pytest.raises(
+        InputError, match=r"unknown target 'xyzzy': known are cpu, gpu, inductor, null, onnxruntime, openvino, tensorrt"
+    ):
         registry.target("xyzzy")
 
 

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
-from perwatt import study
+from perwatt import screening, study
 from perwatt.artifact import Artifact
 from perwatt.candidates import Candidate, explore
 from perwatt.contract import OperatingPoint
+from perwatt.errors import BackendError
 from perwatt.measurement import Ratio
 from perwatt.pipeline import Row
 from perwatt.recipe import Budget, OneOf, PassStep
 from perwatt.study import Result
+from perwatt.tune import Front, Trial
+from perwatt.tuning import TunePlan
 
 sys.path.insert(0, str(Path(__file__).parent))
 from scripted import CLEAN, GRAPHS, JUDGED_ON, NAMES, SOURCE, Play, Stage, lossy
@@ -164,6 +167,17 @@ def test_where_nothing_meets_the_latency_the_budget_is_not_met_and_the_best_is_k
     assert "0.90 ms over the 0.1 ms allowed" in result.reason
 
 
+def test_a_candidate_that_takes_more_memory_than_allowed_is_not_shipped(stage: Stage) -> None:
+    stage.budget = Budget(memory=1_000_000, max_drop=1)
+    stage.script = {("clean", "f32"): Play(0.5, memory_bytes=2_000_000)}
+    result = stage.run(CLEAN)
+    assert result.outcome == "unchanged"
+    assert found(result, "clean").reason == "takes 2 MB of memory, 1 MB are allowed"
+    stage.script = {("source", "f32"): Play(1.0, memory_bytes=3_000_000)}
+    result = stage.run()
+    assert (result.outcome, result.reason) == ("budget_not_met", "takes 3 MB of memory, 1 MB are allowed")
+
+
 # The original -----------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +232,8 @@ def pairs(candidates: Sequence[Candidate]) -> list[tuple[str, str | None]]:
 
 
 def originals(stage: Stage, slow: str | None = None) -> list[Candidate]:
-    made = [Candidate(SOURCE, OperatingPoint(floating_precision=p)) for p in stage.precisions]
+    backend = stage.backend("null")
+    made = [Candidate(SOURCE, OperatingPoint(floating_precision=p), backend) for p in stage.precisions]
     for candidate in made[1:]:
         candidate.ratios = {"cpu_s_per_inference": Ratio(2.0 if candidate.point.floating_precision == slow else 1.0)}
     return made
@@ -227,22 +242,23 @@ def originals(stage: Stage, slow: str | None = None) -> list[Candidate]:
 def test_each_graph_is_tried_once_at_each_precision_and_the_original_not_again(stage: Stage) -> None:
     stage.precisions = ("bf16", "f32")
     made = originals(stage)
-    candidates = stage.study().candidates([SOURCE, CLEAN, replace(CLEAN), lossy("int8")], made[0], made)
+    candidates = stage.screening().candidates({"null": [SOURCE, CLEAN, replace(CLEAN), lossy("int8")]}, made[0], made)
     assert pairs(candidates) == [("clean", "bf16"), ("clean", "f32"), ("int8", "bf16"), ("int8", "f32")]
 
 
 def test_a_precision_that_is_slow_for_the_original_is_tried_on_lossy_graphs_only(stage: Stage) -> None:
     stage.precisions = ("bf16", "f32")
     made = originals(stage, slow="f32")
-    candidates = stage.study().candidates([SOURCE, CLEAN, lossy("int8")], made[0], made)
+    candidates = stage.screening().candidates({"null": [SOURCE, CLEAN, lossy("int8")]}, made[0], made)
     assert pairs(candidates) == [("clean", "bf16"), ("int8", "bf16"), ("int8", "f32")]
 
 
 def test_a_graph_without_float32_is_tried_at_the_default_precision_only(stage: Stage, monkeypatch) -> None:
     stage.precisions = ("bf16", "f32")
-    monkeypatch.setattr(study, "leaves_float32", lambda artifact: artifact is not GRAPHS["half"])
+    monkeypatch.setattr(screening, "leaves_float32", lambda artifact: artifact is not GRAPHS["half"])
     made = originals(stage)
-    assert pairs(stage.study().candidates([SOURCE, lossy("half")], made[0], made)) == [("half", "bf16")]
+    branches = {"null": [SOURCE, lossy("half")]}
+    assert pairs(stage.screening().candidates(branches, made[0], made)) == [("half", "bf16")]
 
 
 # Which graphs -----------------------------------------------------------------------------------------------------
@@ -319,3 +335,127 @@ def test_in_the_ledger_of_an_unchanged_run_no_pass_counts_as_applied(stage: Stag
     rows = {row.name: row for row in stage.run(CLEAN, lossy("int8")).rows}
     assert {row.status for row in rows.values()} == {"not-chosen"}
     assert "no gain" in rows["fold-batchnorm"].reason and "points" in rows["quantize-int8"].reason
+
+
+# Several backends -------------------------------------------------------------------------------------------------
+
+
+def test_an_alias_takes_the_backend_that_is_best_with_the_original_as_what_others_are_compared_with(
+    stage: Stage,
+) -> None:
+    stage.backends = ("first", "second")
+    stage.script = {("source", "second f32"): Play(0.5), ("clean", "second f32"): Play(0.49)}
+    result = stage.run(CLEAN)
+    assert (result.outcome, result.winner.backend.name) == ("unchanged", "second")
+    assert any(note == "the original runs in second, f32: it is faster than first" for note in result.notes)
+    assert result.winner.name == "original graph, floating point in f32 on second"
+
+
+def test_an_alias_stays_with_its_first_backend_where_another_is_no_better_beyond_the_noise(stage: Stage) -> None:
+    stage.backends = ("first", "second")
+    stage.script = {("source", "second f32"): Play(0.999)}
+    assert stage.run().winner.backend.name == "first"
+
+
+def test_what_is_shipped_may_run_on_another_backend_than_the_original_does_best_on(stage: Stage) -> None:
+    stage.backends = ("first", "second")
+    stage.script = {
+        ("source", "second f32"): Play(1.5),
+        ("int8", "second f32"): Play(0.4),
+        ("int8", "first f32"): Play(0.8),
+    }
+    result = stage.run(CLEAN, lossy("int8"))
+    assert (graph(result.winner), result.winner.backend.name) == ("int8", "second")
+    assert result.baseline.backend.name == "first"
+    assert list(result.sides) == ["original", "original at the same point", "optimized"]
+
+
+def test_passes_are_not_run_for_a_backend_that_is_far_behind(stage: Stage) -> None:
+    stage.backends = ("first", "second")
+    stage.script = {("source", "second f32"): Play(4.0)}
+    asked: list[str] = []
+    made = stage.study()
+    made.explore = lambda backend: (asked.append(backend.name), [SOURCE])[1]
+    made.run()
+    assert asked == ["first"]
+
+
+def test_a_backend_that_refuses_the_model_makes_room_for_the_next_and_is_told(stage: Stage) -> None:
+    stage.backends = ("first", "second")
+    stage.script = {("source", "first f32"): Play(crash="opening"), ("clean", "second f32"): Play(0.8)}
+    result = stage.run(CLEAN)
+    assert (graph(result.winner), result.winner.backend.name) == ("clean", "second")
+    assert "warning: first does not take this model: original: the backend refused the model" in result.notes
+
+
+def test_a_model_that_every_backend_refuses_is_an_error_with_all_their_words(stage: Stage) -> None:
+    stage.backends = ("first", "second")
+    stage.script = {("source", "f32"): Play(crash="opening")}
+    with pytest.raises(BackendError, match="first: original: the backend refused the model; original: the backend ref"):
+        stage.run()
+
+
+# Operating points -------------------------------------------------------------------------------------------------
+
+
+def tuned_to(point: OperatingPoint, cost: float) -> Any:
+    """A search that ends at `point`, whose cost is that share of the start's."""
+
+    def search(plan: Any, setup: Any, candidate: Candidate, budget: Any, progress: Any) -> Front:
+        start = Trial(candidate.point, figures={"cpu_s_per_inference": 1.0})
+        best = Trial(replace(point, floating_precision="f32"), ratios={"cpu_s_per_inference": Ratio(cost)})
+        return Front(best, [start, best])
+
+    return search
+
+
+EIGHT = OperatingPoint(batch=8)
+
+
+def test_a_graph_is_shipped_at_its_tuned_point_and_the_two_shares_are_told(stage: Stage, monkeypatch) -> None:
+    monkeypatch.setattr(study, "tuned", tuned_to(EIGHT, 0.5))
+    stage.script = {("int8", "f32"): Play(0.8), ("int8", "8 f32"): Play(0.4), ("source", "8 f32"): Play(0.5)}
+    result = stage.run(lossy("int8"), plan=TunePlan())
+    assert (graph(result.winner), result.winner.point.batch, result.outcome) == ("int8", 8, "optimized")
+    assert list(result.sides) == ["original", "original at the same point", "optimized"]
+    words = "2.50× the original's inferences per CPU second: 1.25× by the graph, 2.00× by the operating point"
+    assert result.reason == words
+    assert result.front is not None and result.front.best.point.batch == 8
+
+
+def test_a_graph_that_brings_nothing_at_the_tuned_point_gives_way_to_the_originals_own(
+    stage: Stage, monkeypatch
+) -> None:
+    monkeypatch.setattr(study, "tuned", tuned_to(EIGHT, 0.5))
+    stage.script = {("int8", "f32"): Play(0.8), ("int8", "8 f32"): Play(0.4), ("source", "8 f32"): Play(0.4)}
+    result = stage.run(lossy("int8"), plan=TunePlan())
+    assert (graph(result.winner), result.winner.point.batch, result.outcome) == ("source", 8, "optimized")
+    assert result.reason == "2.50× the original's inferences per CPU second, by the operating point alone"
+    rejected = next(c for c in result.candidates if c.tuned and graph(c) == "int8")
+    assert rejected.reason.startswith("the operating point is what brings it: its graph does 1.00×")
+
+
+def test_where_no_graph_is_better_the_originals_own_operating_point_is_tuned(stage: Stage, monkeypatch) -> None:
+    monkeypatch.setattr(study, "tuned", tuned_to(EIGHT, 0.5))
+    stage.script = {("clean", "f32"): Play(1.1), ("source", "8 f32"): Play(0.5)}
+    result = stage.run(CLEAN, plan=TunePlan())
+    assert (graph(result.winner), result.winner.point.batch, result.outcome) == ("source", 8, "optimized")
+    assert all(row.status != "applied" for row in result.rows)
+
+
+def test_a_tuned_point_that_does_not_hold_when_measured_again_is_not_shipped(stage: Stage, monkeypatch) -> None:
+    monkeypatch.setattr(study, "tuned", tuned_to(EIGHT, 0.5))
+    stage.script = {("source", "8 f32"): Play(1.0)}
+    result = stage.run(plan=TunePlan())
+    assert (result.outcome, result.winner.point.batch) == ("unchanged", 1)
+
+
+def test_a_search_that_fails_costs_its_point_and_not_the_run(stage: Stage, monkeypatch) -> None:
+    def fails(*given: Any) -> Front:
+        raise BackendError("tuning: the worker was ended by SIGSEGV during open")
+
+    monkeypatch.setattr(study, "tuned", fails)
+    stage.script = {("clean", "f32"): Play(0.8)}
+    result = stage.run(CLEAN, plan=TunePlan())
+    assert (graph(result.winner), result.outcome) == ("clean", "optimized")
+    assert any("could not be tuned: tuning: the worker was ended by SIGSEGV" in note for note in result.notes)

@@ -111,8 +111,12 @@ def test_torch_eager_stands_beside() -> None:
 def test_ratio_and_ratio_graph_are_two_figures_each_with_its_name() -> None:
     text = shown(a_report(ratio_graph=ratios(1.4)), width=140)
     best, graph = "1.62× [1.58, 1.66] inferences per joule", "1.40× [1.36, 1.44] inferences per joule"
-    assert f"{best}, each side at its best permitted operating point (the headline)" in text
-    assert f"{graph}, both sides at the same operating point (the graph's own share)" in text
+    assert f"{best}, each side at its own operating point (the headline)" in text
+    assert f"{graph}, both sides at the shipped operating point (the graph's share)" in text
+    point = shown(a_report(ratio_graph=ratios(1.4), ratio_point=ratios(1.16)), width=140)
+    assert "1.16× [1.12, 1.20] inferences per joule, the original's graph at the two points" in point
+    alone = shown(a_report(ratio_graph=ratios(1.0), ratio_point=ratios(1.62)), width=140)
+    assert f"{best}, all of it by the operating point: the graph is the original's own" in alone
     assert "both sides ran at the same operating point: 1.62×" in shown(a_report(), width=140)
 
 

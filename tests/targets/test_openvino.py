@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import ml_dtypes
 import numpy as np
 import openvino
 import pytest
@@ -13,11 +12,11 @@ from openvino import opset13 as opset
 
 from perwatt.artifact import Artifact
 from perwatt.bundle import program_json
-from perwatt.contract import Clock, OperatingPoint, as_calls
+from perwatt.contract import OperatingPoint
 from perwatt.errors import BackendError, InputError
 from perwatt.signature import Signature, TensorSpec
-from perwatt.targets.null import ScriptedClock
-from perwatt.targets.openvino import OpenVINO
+from perwatt.targets._cpu import usable_cpus
+from perwatt.targets.openvino import OpenVINO, has_asymmetric_signed_values
 
 TARGET = OpenVINO()
 
@@ -169,116 +168,33 @@ def test_saving_leaves_weights_as_they_are(tmp_path):
     assert (tmp_path / "model.bin").stat().st_size > 0.9 * artifact.size_bytes()
 
 
-@pytest.mark.parametrize("scenario", ["single-stream", "offline", "server"])
-def test_load_completes_all_its_calls_and_counts_them(scenario, tmp_path):
-    artifact = conv_net()
-    program = lowered(artifact, tmp_path, scenario=scenario, batch=4, streams=1)
-    calls = as_calls(artifact.signature, [feed(artifact, items=10)], 4)
-    for seconds in (0.0, 0.05):
-        window = program.drive(calls, seconds)
-        assert window.inferences == 4 * len(window.latencies_ms) > 0
-        assert window.wall_s >= seconds and window.cpu_s >= 0
-        assert all(latency > 0 for latency in window.latencies_ms)
-        assert window.energy_j is None
+# Devices and what can be tuned ----------------------------------------------------------------------------------------
 
 
-def test_a_call_is_one_inference_where_there_is_no_batch_axis(tmp_path):
-    artifact = no_batch()
-    window = lowered(artifact, tmp_path, scenario="offline").drive([feed(artifact)], 0.0)
-    assert window.inferences == len(window.latencies_ms) == 1
+@pytest.mark.parametrize(("variant", "plugin"), [("gpu", "GPU"), ("npu", "NPU")])
+def test_a_device_that_is_not_here_says_what_it_takes(variant, plugin):
+    target = OpenVINO(variant)
+    assert target.full_name == f"openvino:{variant}" and target.device == "gpu" and variant in OpenVINO.variants
+    if any(device.startswith(plugin) for device in openvino.Core().available_devices):
+        pytest.skip(f"{plugin} is here")
+    (reason,) = target.missing()
+    assert f"openvino finds no {plugin} here, only CPU" in reason and "driver" in reason
 
 
-@pytest.mark.parametrize("scenario", ["single-stream", "offline"])
-def test_load_takes_inputs_of_every_type_and_memory(scenario, tmp_path):
-    nodes = [
-        node("Cast", "half", "h", to=1), node("Cast", "brain", "b", to=1), node("Cast", "ids", "i", to=1),
-        node("Cast", "truth", "t", to=1), node("Add", "h b", "s1"), node("Add", "i t", "s2"), node("Add", "s1 s2", "y"),
-    ]  # fmt: skip
-    inputs = "half:float16[batch,2] brain:bfloat16[batch,2] ids:int64[batch,2] truth:bool[batch,2]"
-    artifact = build(nodes, inputs, "y:float32[batch,2]")
-    program = lowered(artifact, tmp_path, scenario=scenario)
-    call = {
-        "half": np.float16([[1, 2]]), "brain": np.ones((1, 2), ml_dtypes.bfloat16),
-        "ids": np.asfortranarray(np.int64([[3, 4], [5, 6]]))[:1], "truth": np.array([[True, False]]),
-    }  # fmt: skip
-    call["half"].flags.writeable = False
-    kept = {name: array.copy() for name, array in call.items()}
-    assert program.drive([call], 0.0).inferences >= 1
-    assert np.array_equal(program.run(call)["y"], [[6.0, 7.0]])
-    assert all(np.array_equal(call[name], kept[name]) for name in kept)
+def test_knobs_are_those_of_the_scenario_within_the_cpus_that_may_be_used():
+    single = TARGET.knobs(OperatingPoint(scenario="single-stream"))
+    assert set(single) == {"threads", "pinned"} and max(single["threads"]) == usable_cpus()
+    offline = TARGET.knobs(OperatingPoint(scenario="offline", streams=3))
+    assert set(offline) == {"threads", "streams", "batch", "pinned", "requests"}
+    assert offline["requests"] == (None, 6) and None in offline["pinned"] and offline["batch"][-1] == 64
 
 
-def test_sequences_of_any_length_follow_each_other_under_load(tmp_path):
-    artifact = transformer()
-    calls = [feed(artifact, items=1, words=words) for words in (3, 9, 5)]
-    program = lowered(artifact, tmp_path, scenario="offline", streams=2)
-    assert len(program.serve(calls, [0.0] * 30).latencies_ms) == 30
-    same(outputs(artifact, calls[1]), program.run(calls[1]))
-
-
-# Requests that come by themselves -------------------------------------------------------------------------------------
-
-
-def test_requests_are_served_when_due_and_wait_their_turn(tmp_path):
-    artifact = conv_net()
-    program = lowered(artifact, tmp_path, scenario="server", batch=2, streams=1)
-    calls = as_calls(artifact.signature, [feed(artifact, items=6)], 2)
-    window = program.serve(calls, [0.0] * 20 + [0.05])
-    # On one stream, requests that are due together are answered one after the other; the last one comes later.
-    together = window.latencies_ms[:20]
-    assert together == sorted(together) and together[0] > 0
-    assert window.inferences == 42 and len(window.latencies_ms) == 21
-    assert window.wall_s >= 0.05 and max(window.latencies_ms) <= 1e3 * window.wall_s
-    assert window.cpu_s > 0
-
-
-def test_load_without_requests_is_an_empty_window(tmp_path):
-    window = lowered(mlp(), tmp_path, scenario="server").serve([feed(mlp(), items=1)], [])
-    assert window.inferences == 0 and window.latencies_ms == []
-
-
-def test_the_clock_that_is_given_says_when_a_request_is_due(tmp_path):
-    program = lowered(mlp(), tmp_path, scenario="server")
-    window = program.serve([feed(mlp(), items=1)], [0.0, 3600.0, 7200.0], ScriptedClock())
-    # Two hours pass at once, and nobody waited in them: what is left is OpenVINO's own time.
-    assert window.wall_s == 7200.0 and all(0 < latency < 3.6e6 for latency in window.latencies_ms)
-
-
-def test_the_clock_is_never_early_and_the_past_is_not_waited_for():
-    clock = Clock()
-    for _ in range(5):
-        moment = clock.now() + 2e-3
-        clock.wait_until(moment)
-        assert clock.now() >= moment
-    clock.wait_until(clock.now() - 1e6)
-
-
-def test_server_load_gets_several_streams_unless_the_point_says_otherwise(tmp_path):
-    settings = lowered(conv_net(), tmp_path, scenario="server", streams=1).facts()["settings"]
-    assert (settings["PERFORMANCE_HINT"], settings["NUM_STREAMS"]) == ("THROUGHPUT", 1)
-    assert "NUM_STREAMS" not in lowered(conv_net(), tmp_path, scenario="server").facts()["settings"]
-
-
-def picky(folder, scenario):
-    """A program that takes rows whose length is a multiple of four, and fails on all others."""
-    artifact = build(
-        [node("Reshape", "x to", "r"), node("MatMul", "r w", "y")], "x:float32[a,b]", "y:float32[a,2]",
-        {"to": np.int64([-1, 4]), "w": weight(4, 2)},
-    )  # fmt: skip
-    return lowered(artifact, folder, scenario=scenario)
-
-
-@pytest.mark.parametrize("scenario", ["single-stream", "offline", "server"])
-def test_a_failure_under_load_is_an_error_in_words_and_not_the_end(scenario, tmp_path):
-    program = picky(tmp_path, scenario)
-    good, bad = {"x": np.zeros((1, 8), np.float32)}, {"x": np.zeros((1, 3), np.float32)}
-    for _ in range(2):
-        with pytest.raises(BackendError, match=r"OpenVINO failed on this input: .*Reshape"):
-            program.drive([good, bad], 0.2)
-        with pytest.raises(BackendError, match=r"OpenVINO failed on this input: .*Reshape"):
-            program.serve([good, good, bad], [0.0] * 9)
-        assert program.drive([good], 0.0).inferences >= 1
-        assert len(program.serve([good], [0.0] * 9).latencies_ms) == 9
+@pytest.mark.parametrize("pinned", [True, False])
+def test_pinning_is_as_asked_and_otherwise_read_back(pinned, tmp_path):
+    program = lowered(mlp(), tmp_path, pinned=pinned)
+    assert program.point.pinned is pinned and program.settings["ENABLE_CPU_PINNING"] is pinned
+    free = lowered(mlp(), tmp_path)
+    assert isinstance(free.point.pinned, bool) and "ENABLE_CPU_PINNING" not in free.settings
 
 
 # Model files of OpenVINO's own ----------------------------------------------------------------------------------------
@@ -374,6 +290,39 @@ def test_a_broken_file_is_an_error_in_words_when_lowered_and_when_loaded(tmp_pat
         TARGET.lower(broken, OperatingPoint())
     with pytest.raises(BackendError, match="OpenVINO refused the model"):
         TARGET.load(tmp_path, mlp().signature, OperatingPoint())
+
+
+def quantized(zero_point, dtype):
+    """A convolution between Q/DQ, then a batch normalization, which OpenVINO runs in the chosen floating precision."""
+    scale = np.linspace(1e-3, 2e-3, 8).astype(np.float32)
+    nodes = [
+        node("QuantizeLinear", "x s z", "q1"), node("DequantizeLinear", "q1 s z", "d1"),
+        node("DequantizeLinear", "w ws wz", "wd", axis=0), node("Conv", "d1 wd", "c", pads=[1, 1, 1, 1]),
+        node("QuantizeLinear", "c s z", "q2"), node("DequantizeLinear", "q2 s z", "d2"),
+        node("BatchNormalization", "d2 ws ws ws ws", "y"),
+    ]  # fmt: skip
+    weights = {
+        "s": np.float32(0.05), "z": dtype(zero_point), "w": weight(8, 4, 3, 3, scale=40).astype(np.int8), "ws": scale,
+        "wz": np.zeros(8, np.int8),
+    }  # fmt: skip
+    return build(nodes, "x:float32[batch,4,8,8]", "y:float32[batch,8,8,8]", weights)
+
+
+@pytest.mark.parametrize(
+    ("zero_point", "dtype", "found"), [(5, np.int8, True), (0, np.int8, False), (5, np.uint8, False)]
+)
+def test_signed_values_with_a_zero_point_are_told_from_others(zero_point, dtype, found, tmp_path):
+    path = quantized(zero_point, dtype).file(tmp_path)
+    assert has_asymmetric_signed_values(openvino.Core().read_model(str(path))) is found
+
+
+@pytest.mark.skipif("bf16" not in TARGET.capabilities().floating_precisions, reason="needs bfloat16")
+def test_signed_activations_with_a_zero_point_that_do_not_compile_say_what_to_do_instead(tmp_path):
+    with pytest.raises(BackendError, match="OpenVINO refused the model: ") as error:
+        lowered(quantized(5, np.int8), tmp_path, floating_precision="bf16")
+    assert "quantize them symmetrically, or as uint8" in error.value.fix
+    lowered(quantized(5, np.uint8), tmp_path, floating_precision="bf16")
+    lowered(quantized(0, np.int8), tmp_path, floating_precision="bf16")
 
 
 def test_an_input_that_openvino_fails_on_is_an_error_in_words(tmp_path):
