@@ -35,9 +35,9 @@ def optimize(
     """Optimize `model` for `target` and leave a bundle.
 
     `options` are those of the command line with underscores: data, eval, train, image, resize, normalize, text, label,
-    metric, expect, max_drop, p99, min_gain, time, prove_accuracy, passes, threads, scenario, batch, arch, arch_args,
-    input, inputs, trust, seed, max_samples. `config` is a recipe file that options override. `progress(stage, share)`
-    is called along the way with the share done, 0 to 1.
+    metric, expect, max_drop, p99, min_gain, time, memory, prove_accuracy, passes, threads, scenario, batch, tune, on,
+    allow_power_control, arch, arch_args, input, inputs, trust, seed, max_samples. `config` is a recipe
+    file that options override. `progress(stage, share)` is called along the way with the share done, 0 to 1.
 
     Raises InputError for what was given, TargetError where the target can't be used here, BackendError where a backend
     fails on this model. A budget that can't be met is no error: `bundle.outcome` says `budget_not_met`."""

@@ -43,7 +43,7 @@ from perwatt.worker import load_outputs
 PASSES_SHARE, SCREENING_SHARE, TUNING_SHARE = 0.5, 0.7, 0.15
 """Of the time budget: when no further pass is begun, when no further candidate is screened, what one search for an
 operating point may take."""
-TUNING_S = 60.0
+TUNING_S = 90.0
 """The same where there is no time budget."""
 
 

@@ -70,6 +70,8 @@ class Effort:
 
 
 SCREENING = Effort(window_s=0.03, warm_up_s=0.15, min_blocks=8, max_s=2.5, tight=0.025)
+LEAST_BLOCKS = 4
+"""However slow a program is: fewer say next to nothing of how sure a ratio is."""
 STOPPING_RESAMPLES = 1000
 """To decide whether to go on; what is reported has more."""
 
@@ -228,7 +230,7 @@ def run_blocks(
         blocks += 1
         spent = time.perf_counter() - start
         progress(min(1.0, max(blocks / effort.min_blocks / 2, spent / effort.max_s)))
-        if spent > effort.max_s and blocks >= 2:
+        if spent > effort.max_s and blocks >= LEAST_BLOCKS:
             return blocks
         if blocks >= effort.min_blocks and enough():
             return blocks

@@ -35,10 +35,12 @@ LONGEST_CALL_S = 1.0
 BATCHES_A_HEAT = 3
 SLOWER = 0.98
 """Of the start's throughput, what a point may fall to; noise hides no more."""
-LATER = 1.02
+LATER = 1.01
 """Of the start's median latency, what a point may rise to in single-stream."""
-BETTER = 0.99
-"""Of the best cost so far, what a point must fall to: less is noise."""
+BETTER, SURE = 0.99, 1.02
+"""Of the best cost so far, what a point must fall to, and what its interval may reach up to: less is noise."""
+ANOTHER_BATCH = 4
+"""By how much the batch must have changed for the streams to be tried again."""
 
 
 @dataclass
@@ -141,7 +143,7 @@ class Tuning:
             for side in self._sides.values():
                 side.close()
         for trial in self.trials.values():
-            _compare_with(self.trials[start], trial)
+            compare_with(self.trials[start], trial)
         return Front(self.trials[self.best], list(self.trials.values()), time.perf_counter() - began)
 
     def _rounds(self, knobs: dict[str, list[Any]]) -> None:
@@ -150,7 +152,8 @@ class Tuning:
             self.progress(number / len(rounds), f"tuning {' and '.join(fields)}")
             if fields == ("batch",):
                 self._climb(knobs["batch"])
-                if self.best.batch != self.start.batch and any(name in knobs for name in ROUNDS[0]):
+                change = max(self.best.batch, self.start.batch) / min(self.best.batch, self.start.batch)
+                if change >= ANOTHER_BATCH and any(name in knobs for name in ROUNDS[0]):
                     # Which streams are best depends on the batch.
                     self._heat(self._varied(ROUNDS[0], knobs))
             else:
@@ -231,7 +234,7 @@ class Tuning:
         alive = list(points)
         window_s = self._window_s(alive)
         start = time.perf_counter()
-        most_s = HEAT.max_s + 0.5 * len(points)
+        most_s = HEAT.max_s + len(points)
         blocks = 0
         while True:
             self.conductor.block([[self._sides[point]] for point in alive], lambda side: self._window(side, window_s))
@@ -251,13 +254,13 @@ class Tuning:
                 return
 
     def _window_s(self, points: Sequence[OperatingPoint]) -> float:
-        """Long enough for a few calls of the slowest, as far as that is known."""
+        """Long enough for a call or two of the slowest."""
         longest = 0.0
         for point in points:
             window = self._sides[point].window(0.0)
             longest = max(longest, window.wall_s)
             self._sides[point].settle()
-        return min(max(HEAT.window_s, 2 * longest), LONGEST_CALL_S)
+        return min(max(HEAT.window_s, longest), LONGEST_CALL_S)
 
     def _window(self, side: Side, seconds: float) -> Any:
         return self.conductor.window(side, seconds)
@@ -309,15 +312,16 @@ class Tuning:
     def _choose(self, racing: Sequence[OperatingPoint]) -> None:
         for point in sorted(racing, key=self._cost):
             best_barred = bool(self._note(self.best).reason)
-            ratio = self._ratio(point, self.best).value if point != self.best else None
-            if not self.trials[point].reason and (best_barred or (ratio is not None and ratio < BETTER)):
+            ratio = self._ratio(point, self.best)
+            better = ratio.value is not None and ratio.value < BETTER and (ratio.high or SURE) <= SURE
+            if not self.trials[point].reason and (best_barred or better):
                 self.best = point
 
     def _time_left(self) -> bool:
         return self.deadline is None or time.monotonic() < self.deadline
 
 
-def _compare_with(start: Trial, trial: Trial) -> None:
+def compare_with(start: Trial, trial: Trial) -> None:
     """Figures of races at different times, made comparable: what the start has now, times the ratio of then."""
     for name, ratio in trial.ratios.items():
         base = start.figures.get(name)

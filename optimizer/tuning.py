@@ -20,11 +20,12 @@ from perwatt.bundle import write_text
 from perwatt.candidates import Candidate
 from perwatt.contract import OperatingPoint
 from perwatt.errors import InputError
+from perwatt.measurement import Ratio
 from perwatt.measuring import Effort
 from perwatt.recipe import Budget
 from perwatt.setup import Setup
 from perwatt.sides import Side
-from perwatt.tune import HEAT, Allowed, Front, Tuning
+from perwatt.tune import HEAT, Allowed, Front, Trial, Tuning, compare_with
 from perwatt.tune_power import onwards, tune_power
 
 
@@ -62,7 +63,10 @@ def tuned(
         deadline=time.monotonic() + plan.max_s,
         progress=lambda share, text: progress(0.5 + 0.1 * share, text),
     )
-    front = tuning.run(candidate.point, knobs, _remembered(plan, key))
+    best, known = _remembered(plan, key)
+    front = tuning.run(candidate.point, knobs, best)
+    if best is not None and front.best.point == best:
+        _join(front, known)
     _remember(plan, key, front)
     if power is not None:
         _at_best_power(front, power.choices(), setup, candidate, budget, lambda text: progress(0.6, text))
@@ -106,15 +110,33 @@ def _key(plan: TunePlan, candidate: Candidate) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _remembered(plan: TunePlan, key: str) -> OperatingPoint | None:
+def _remembered(plan: TunePlan, key: str) -> tuple[OperatingPoint | None, list[Trial]]:
+    """The best point of the last search, and every point that it measured."""
     if plan.cache is None:
-        return None
+        return None, []
     try:
         found = json.loads((plan.cache / f"{key}.json").read_text(encoding="utf-8"))
-        return OperatingPoint(**found["best"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return OperatingPoint(**found["best"]), [_trial(plain) for plain in found["trials"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         # Not there, or not ours: the search goes without.
-        return None
+        return None, []
+
+
+def _trial(plain: dict[str, Any]) -> Trial:
+    # An interval of then says nothing of now.
+    ratios = {name: Ratio(ratio["value"]) for name, ratio in plain["ratios"].items()}
+    facts = {"operating_point": plain["operating_point"], "settings": plain["settings"]}
+    point = OperatingPoint(**plain["asked"])
+    return Trial(point, facts, {}, ratios, plain["peak_memory_bytes"], plain["reason"])
+
+
+def _join(front: Front, known: Sequence[Trial]) -> None:
+    """What the last search measured and this one did not need to, in terms of what the start does now."""
+    start, measured = front.trials[0], {trial.point for trial in front.trials}
+    for trial in known:
+        if trial.point not in measured and trial.ratios:
+            compare_with(start, trial)
+            front.trials.append(trial)
 
 
 def _remember(plan: TunePlan, key: str, front: Front) -> None:
@@ -122,7 +144,9 @@ def _remember(plan: TunePlan, key: str, front: Front) -> None:
         return
     try:
         plan.cache.mkdir(parents=True, exist_ok=True)
-        write_text(plan.cache / f"{key}.json", json.dumps({"best": front.best.point.to_json()}, indent=1) + "\n")
+        trials = [{"asked": trial.point.to_json(), **trial.to_json()} for trial in front.trials if trial.figures]
+        kept = {"best": front.best.point.to_json(), "trials": trials}
+        write_text(plan.cache / f"{key}.json", json.dumps(kept, indent=1) + "\n")
     except (OSError, InputError):
         # A cache that can't be written costs the next run its head start, nothing else.
         return

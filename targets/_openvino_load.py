@@ -55,7 +55,8 @@ class Load:
         """As many calls under way as there are requests, for at least `seconds`."""
         with self._requests(samples) as requests:
             cpu, start = cpu_seconds(), time.perf_counter()
-            while time.perf_counter() - start < seconds or not requests.latencies:
+            # As many for each request: a last one that runs alone would be the window's, not the program's.
+            while time.perf_counter() - start < seconds or not requests.latencies or not requests.even:
                 requests.begin()
             requests.finish()
             wall = time.perf_counter() - start
@@ -106,6 +107,11 @@ class _Requests:
         self.turns: dict[int, int] = {}
         self.latencies: list[float] = []
         self.inferences = 0
+
+    @property
+    def even(self) -> bool:
+        """Whether every request had its turn equally often."""
+        return len(self.latencies) % len(self.slots) == 0
 
     def begin(self, clock: Clock | None = None, due: float = 0.0) -> None:
         """Start the next request as soon as one is idle; what it waited since `due` is part of its latency."""
