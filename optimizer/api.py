@@ -100,8 +100,13 @@ def load(bundle: str | Path | Bundle, *, rate: float | None = None, p99_ms: floa
     is missing here."""
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     facts = opened.program
+    if facts.get("portable"):
+        raise InputError(
+            f"{opened.path} is not finished: nothing was lowered",
+            fix=f"optimize {opened.path} --target {facts['target']}",
+        )
     target = registry.target(facts["target"])
-    missing = target.missing()
+    missing = target.missing_to_run()
     if missing:
         raise TargetError(f"{facts['target']} can't be used here: {'; '.join(missing)}")
     wanted = facts if rate is None and p99_ms is None else pick(facts.get("front", []), rate, p99_ms)

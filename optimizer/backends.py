@@ -14,7 +14,9 @@ from perwatt.worker import capabilities_from_json
 
 @dataclass(frozen=True)
 class Backend:
-    """A target that can be used. `alone`: no other one competes with it, so it needs no mention."""
+    """A target that can be used. `alone`: no other one competes with it, so it needs no mention. `spare`: it is tried
+    only where all others refuse the model. `joules_count`: the meter counts the joules of its own device, so that they
+    decide; on CPUs CPU seconds do. `meter` is the one that can."""
 
     name: str
     device: Literal["cpu", "gpu"] = "cpu"
@@ -22,12 +24,24 @@ class Backend:
     versions: dict[str, str] = field(default_factory=dict)
     knobs: dict[str, list[Any]] = field(default_factory=dict)
     slow_to_lower: bool = False
+    meter: str = "auto"
     alone: bool = True
+    spare: bool = False
+    joules_count: bool = False
 
     @property
     def rate_words(self) -> str:
         """What a gain is a gain of."""
-        return "inferences per CPU second" if self.device == "cpu" else "inferences per second"
+        if self.device == "cpu":
+            return "inferences per CPU second"
+        return "inferences per joule" if self.joules_count else "inferences per second"
+
+    @property
+    def saved_words(self) -> str:
+        """What a gain saves."""
+        if self.device == "cpu":
+            return "fewer CPU seconds"
+        return "fewer joules" if self.joules_count else "less time"
 
 
 ASK_TIMEOUT_S = 120.0
@@ -51,7 +65,7 @@ def ask(names: Sequence[str], point: OperatingPoint, checks: Worker) -> tuple[li
         usable.append(
             Backend(
                 name, facts["device"], capabilities_from_json(facts["capabilities"]), facts["versions"],
-                facts["knobs"], facts["slow_to_lower"], alone=len(names) == 1,
+                facts["knobs"], facts["slow_to_lower"], facts["meter"], alone=len(names) == 1,
             )
         )  # fmt: skip
     return usable, missing

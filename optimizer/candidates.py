@@ -133,12 +133,21 @@ def gain_of(candidate: Candidate) -> Ratio:
 
 
 def cost_in(ratios: Mapping[str, Ratio], backend: Backend) -> Ratio:
-    """What decides, as a ratio of costs: CPU seconds per inference on a CPU; on a GPU joules where they were counted,
+    """What decides, as a ratio of costs: CPU seconds per inference on a CPU; on a GPU joules where its own were counted,
     else time per inference."""
     if backend.device == "cpu":
         return ratios.get("cpu_s_per_inference", Ratio(None))
     energy = ratios.get("energy_j_per_inference", Ratio(None))
-    return energy if energy.value is not None else ratios.get("throughput_per_s", Ratio(None)).inverse()
+    if backend.joules_count and energy.value is not None:
+        return energy
+    return ratios.get("throughput_per_s", Ratio(None)).inverse()
+
+
+def at_cost(cost: float, backend: Backend) -> dict[str, Ratio]:
+    """Ratios of which `cost_in` makes this cost, for what was not measured against the original itself."""
+    if backend.device == "cpu":
+        return {"cpu_s_per_inference": Ratio(cost)}
+    return {"throughput_per_s": Ratio(cost).inverse()}
 
 
 def cost_of(candidate: Candidate) -> float:
@@ -170,6 +179,8 @@ def enough(gain: Ratio, min_gain: float) -> bool:
 
 def ratio_text(ratio: Ratio) -> str:
     """`1.10× [1.07, 1.13]`."""
+    if ratio.value is None:
+        return "an unknown share"
     if ratio.low is None or ratio.high is None:
         return f"{ratio.value:.2f}×"
     return f"{ratio.value:.2f}× [{ratio.low:.2f}, {ratio.high:.2f}]"

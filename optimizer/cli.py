@@ -40,7 +40,7 @@ Exit codes:
   1  a gate failed; nothing else ever ends with 1
   2  usage or input: a file, a flag, a recipe, the data
   3  budget not met, the best so far is kept; or a gate is inconclusive
-  4  the target can't be used here
+  4  the target can't be used here; for a GPU that is elsewhere a portable bundle was written all the same
   5  internal error, or a backend failed
 """
 

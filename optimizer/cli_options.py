@@ -36,7 +36,7 @@ ON: list[Decorator] = [
     click.option(
         "--on",
         metavar="ssh://USER@HOST",
-        help="Lower, tune and measure on that machine, which has perwatt installed (docs/remote.md).",
+        help="Compile, tune and measure on that machine, which has perwatt installed (docs/remote.md).",
     ),
 ]
 CONFIG: list[Decorator] = [
@@ -91,19 +91,21 @@ SCENARIO: list[Decorator] = [
     click.option(
         "--scenario",
         type=click.Choice(["single-stream", "offline"]),
-        help="Optimize and measure latency, or throughput.  [default: single-stream]",
+        help="How it will be loaded: one call after the other, or as much as it takes.  [default: single-stream]",
     ),
 ]
 POINT: list[Decorator] = [
-    click.option("--batch", type=int, help="Items in a call.  [default: 1, offline 32]"),
+    click.option(
+        "--batch", type=int, help="Items in a call.  [default: 1; offline 32, from where `optimize` searches]"
+    ),
     click.option("--threads", type=int, help="Threads of all streams together.  [default: the backend's own]"),
 ]
 TUNING: list[Decorator] = [
     click.option(
         "--tune/--no-tune",
         default=None,
-        help="Search the operating point that costs least: batch, streams, threads and what else the backend has; what "
-        "--batch and --threads say stays.  [default: --tune]",
+        help="Search the operating point whose inferences cost least: batch, streams, threads and what else the backend "
+        "has; what --batch and --threads say stays.  [default: --tune]",
     ),
     click.option(
         "--allow-power-control",

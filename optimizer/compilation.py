@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from perwatt.backends import Backend
 from perwatt.bench.power_control import PowerControl
 from perwatt.bundle import Bundle, cache_folder, check_destination, no_room
 from perwatt.candidates import Branch, Candidate, explore
-from perwatt.contract import Capabilities, Context, Pass
+from perwatt.contract import Capabilities, Context, OperatingPoint, Pass
 from perwatt.data import Samples
 from perwatt.errors import BackendError, InputError, PerwattError
 from perwatt.isolation import Worker, workspace
@@ -118,14 +118,15 @@ def compile_model(
         if prepared.absent is not None:
             return write_portable(*_portable(recipe, steps, prepared, Path(scratch), checks, progress, started), out)
         device = prepared.backends[0].device
-        meter, notes = place.meter(device=device)
+        watched = all(backend.meter == "auto" for backend in prepared.backends)
+        meter, notes = place.meter("auto" if watched else "none", device)
+        counted = meter.method in ("counter", "metered") and meter.boundary in ("device", "wall")
+        prepared.backends = [replace(b, joules_count=device == "gpu" and counted) for b in prepared.backends]
         cleanup.callback(meter.close)
         prepared.notes.extend(notes)
         conductor = Conductor(meter, seed=recipe.seed, device=device)
         conductor.power = _power_control(recipe, device, prepared.notes, cleanup)
-        run = _search(recipe, steps, prepared, Path(scratch), checks, place, conductor, progress, started)
-        for side in run.result.sides.values():
-            cleanup.callback(side.close)
+        run = _search(recipe, steps, prepared, Path(scratch), checks, place, conductor, progress, started, cleanup)
         progress("writing the bundle", 0.96)
         return write_bundle(run, out)
 
@@ -161,8 +162,9 @@ def _portable(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared,
 
 
 def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, folder: Path, checks: Worker,
-            place: Place, conductor: Conductor, progress: Progress, started: float) -> Run:  # fmt: skip
-    """From the model as read to the answer: passes, candidates, measurements."""
+            place: Place, conductor: Conductor, progress: Progress, started: float, cleanup: ExitStack) -> Run:  # fmt: skip
+    """From the model as read to the answer: passes, candidates, measurements. The sides of the answer stay open until
+    `cleanup`."""
     setup = Setup(folder, prepared.saved["timing"], conductor, place.worker)
     pipeline = _pipeline(recipe, prepared, setup, checks, _pass_progress(progress, steps), started)
     first = first_row(
@@ -183,7 +185,7 @@ def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, f
     study = Study(
         setup,
         judge,
-        Screening(setup, judge, prepared.source, operating_point(recipe), prepared.backends),
+        Screening(setup, judge, prepared.source, _fitted(operating_point(recipe), prepared.source), prepared.backends),
         branches,
         plan=tune_plan(recipe, prepared.source, place),
         eager=prepared.eager,
@@ -192,11 +194,19 @@ def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, f
         progress=lambda share, text: progress(text, 0.3 + 0.65 * share),
     )
     result = study.run()
+    for side in result.sides.values():
+        cleanup.callback(side.close)
     result.notes = [*prepared.notes, *result.notes]
     energy = conductor.meter.describe()
     return Run(
         recipe, steps, folder, started, prepared, [first, *result.rows], result, energy, place.machine(), place.words
     )
+
+
+def _fitted(point: OperatingPoint, source: Artifact) -> OperatingPoint:
+    """The point with the batch that the model fixes; one where it has no batch axis."""
+    batch = source.signature.batch
+    return point if isinstance(batch, str) else replace(point, batch=batch or 1)
 
 
 def tune_plan(recipe: Recipe, source: Artifact, place: Place) -> TunePlan | None:
@@ -209,6 +219,7 @@ def tune_plan(recipe: Recipe, source: Artifact, place: Place) -> TunePlan | None
         fixed=frozenset(fixed),
         fixed_batch=not isinstance(source.signature.batch, str) or recipe.target.scenario == "single-stream",
         max_s=TUNING_S if budget.time is None else TUNING_SHARE * budget.time,
+        limited=budget.time is not None,
         memory_bytes=budget.memory,
         cache=cache_folder("tune"),
         machine=place.machine()["fingerprint"],

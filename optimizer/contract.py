@@ -249,6 +249,7 @@ class Target(ABC):
     A backend with several devices has `variants`, written behind a colon (`onnxruntime:cuda`); the empty one is the
     backend's plain name. `serves` says which variant stands for it under an alias: {"cpu": "", "gpu": "cuda"}.
     `slow_to_lower`: compiling takes tens of seconds, so an alias tries this backend last, and only where there is time.
+    `meter`: what counts its joules where nobody names a meter; "none" for devices that no meter here watches.
     `fixed_once_saved`: fields of the operating point that a saved program can't change.
     `preference`: where nothing is measured, an alias stands for the backend with the highest.
     A target is made anew for every question, so `__init__` only remembers the variant."""
@@ -260,6 +261,7 @@ class Target(ABC):
     fixed_once_saved: ClassVar[tuple[str, ...]] = ()
     preference: ClassVar[int] = 0
     device: Literal["cpu", "gpu"] = "cpu"
+    meter: str = "auto"
 
     def __init__(self, variant: str = "") -> None:
         """`variant` is one of `variants`."""
@@ -273,6 +275,10 @@ class Target(ABC):
     @abstractmethod
     def missing(self) -> list[str]:
         """Why this target can't be used here, each with the command that mends it; empty means it can."""
+
+    def missing_to_run(self) -> list[str]:
+        """The same for a saved program, which may need less than making one does."""
+        return self.missing()
 
     @abstractmethod
     def capabilities(self) -> Capabilities:

@@ -35,7 +35,7 @@ def pick(front: Sequence[Mapping[str, Any]], rate: float | None, p99_ms: float |
         best = min(_p99_ms(entry, rate) for entry in fast)
         at = f" at {rate:g}/s" if rate is not None else ""
         raise InputError(f"no operating point stays within {p99_ms:g} ms{at}: the best has a p99 of {best:.3g} ms")
-    return min(in_time, key=lambda entry: float(entry["figures"]["cpu_s_per_inference"]))
+    return min(in_time, key=lambda entry: float(entry["cost"]))
 
 
 def _rate(entry: Mapping[str, Any]) -> float:

@@ -44,6 +44,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._log: Any = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._turn = threading.Lock()
 
     def __enter__(self) -> Worker:
@@ -135,6 +136,13 @@ class Worker:
             self._process.wait()
             self._process = None
             self._close_log()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Away with the temporary files of a process that had no time to."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None:
@@ -152,11 +160,15 @@ class Worker:
     def _launch(self) -> tuple[subprocess.Popen[str], IO[str]]:
         """A new process, and where its answers come."""
         # Answers have a pipe of their own: what libraries print from their first import on goes to the log.
+        self._sweep()
+        prefix = f"perwatt-{os.getpid()}-worker-"
+        self._temporary = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
         reading, writing = os.pipe()
         try:
             process = spawn(
-                writing, self.name, self.memory_limit_bytes, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log
-            )
+                writing, self.name, self.memory_limit_bytes, folder=Path(self._temporary.name),
+                stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
+            )  # fmt: skip
         except BaseException:
             os.close(reading)
             raise

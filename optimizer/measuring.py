@@ -179,6 +179,8 @@ class Conductor:
         if self.power is None:
             return
         if self._power_of != side.power:
+            # Where that is refused everything is put back, and what is set is not what this side wants.
+            self._power_of = (None, None)
             self.power.apply(*side.power)
             self._power_of = side.power
             time.sleep(POWER_SETTLES_S)

@@ -128,14 +128,13 @@ def usable_backends(recipe: Recipe, checks: Worker) -> tuple[list[Backend], list
                 return [], [], Absent(name, portable, tuple(reasons))
         alone = f"target {names[0]} can't be used here: {'; '.join(missing[names[0]])}" if len(names) == 1 else ""
         raise TargetError(alone or f"nothing that serves {recipe.target.name} can be used here: {'; '.join(reasons)}")
-    quick = [backend for backend in usable if not backend.slow_to_lower]
+    slow = [backend for backend in usable if backend.slow_to_lower]
     time_s = recipe.budget.time
-    if quick and len(quick) < len(usable) and (time_s is None or time_s < TIME_FOR_SLOW_S):
-        slow = ", ".join(backend.name for backend in usable if backend.slow_to_lower)
-        reasons.append(
-            f"{slow} was not tried, it compiles for long: --time {TIME_FOR_SLOW_S // 60:g}m or --target {slow}"
-        )
-        return quick, reasons, None
+    if slow and len(slow) < len(usable) and (time_s is None or time_s < TIME_FOR_SLOW_S):
+        usable = [replace(backend, spare=backend.slow_to_lower) for backend in usable]
+        named = ", ".join(backend.name for backend in slow)
+        how = f"--time {TIME_FOR_SLOW_S / 60:g}m or --target {slow[0].name}"
+        reasons.append(f"{named} is tried only where nothing else takes the model, it compiles for long: {how}")
     return usable, reasons, None
 
 

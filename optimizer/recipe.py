@@ -148,7 +148,7 @@ class TargetSection(Section):
     threads: int | None = Field(None, gt=0, description="Threads; None: the backend's own default.")
     scenario: Literal["single-stream", "offline"] = "single-stream"
     batch: int | None = Field(
-        None, gt=0, description="Items in a call; None: 1 in single-stream, tuned from 32 on in offline."
+        None, gt=0, description="Items in a call; None: 1 in single-stream; offline searched from 32 both ways."
     )
     allow_power_control: bool = Field(False, description="The search may set a GPU's power limit and clock.")
     tune: bool = Field(True, description="Search for the operating point that costs least: what is left open here.")

@@ -150,8 +150,11 @@ class Report(_Part):
     )
     original: SideFigures
     optimized: SideFigures
-    ratio: RatioFigures = Field(description="Each side at its best permitted operating point: the headline.")
-    ratio_graph: RatioFigures = Field(description="Both sides at the same operating point: the graph's share.")
+    ratio: RatioFigures = Field(
+        description="The shipped program at its operating point ÷ the original on its best backend at that "
+        "backend's defaults: the headline."
+    )
+    ratio_graph: RatioFigures = Field(description="Both sides at the shipped operating point: the graph's share.")
     accuracy: AccuracyReport | None
     ratio_point: RatioFigures | None = Field(
         None,

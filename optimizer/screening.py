@@ -62,24 +62,34 @@ class Screening:
     # One candidate ----------------------------------------------------------------------------------------------
 
     def screen(self, candidate: Candidate, baseline: Side) -> None:
-        """Accuracy on the select samples, then speed against the original; fills in what was found."""
-        try:
-            # One process a backend serves all its candidates in turn; a crash costs its candidate, and the next call
-            # starts anew.
-            backend = candidate.backend.name
-            worker = self._workers.setdefault(backend, self.setup.worker(f"candidate on {backend}"))
-            side = self.setup.open(candidate.name, candidate, worker)
-            self._judged(candidate, side)
-            interleave(
-                [baseline, side], self.setup.timing, SCREENING, hopeless=self._hopeless, conductor=self.setup.conductor
-            )
-            candidate.ratios = ratios(side, baseline)
-            candidate.p99_ms = p99_ms(side)
-        except BackendError as error:
-            candidate.verdict, candidate.reason = "rejected", str(error)
-            if not baseline.worker.running:
-                # It was the original's worker that died: the next candidate wants a living one to compare with.
+        """Accuracy on the select samples, then speed against the original; fills in what was found. Raises BackendError
+        where the original itself can't be run any more."""
+        for last in (False, True):
+            try:
+                self._screened(candidate, baseline)
+                return
+            except BackendError as error:
+                alive = baseline.worker.running
+                if alive or last:
+                    candidate.verdict, candidate.reason = "rejected", str(error)
+                if alive:
+                    return
+                # It was the original's process that died, which says nothing of the candidate.
                 baseline.load()
+
+    def _screened(self, candidate: Candidate, baseline: Side) -> None:
+        # One process a backend serves all its candidates in turn; a crash costs its candidate, and the next call starts
+        # anew.
+        backend = candidate.backend.name
+        if backend not in self._workers:
+            self._workers[backend] = self.setup.worker(f"candidate on {backend}")
+        side = self.setup.open(candidate.name, candidate, self._workers[backend])
+        self._judged(candidate, side)
+        interleave(
+            [baseline, side], self.setup.timing, SCREENING, hopeless=self._hopeless, conductor=self.setup.conductor
+        )
+        candidate.ratios = ratios(side, baseline)
+        candidate.p99_ms = p99_ms(side)
 
     def _judged(self, candidate: Candidate, side: Side) -> bool:
         """Whether the candidate keeps its accuracy, as far as that is known."""
@@ -109,9 +119,16 @@ class Screening:
         refused: list[Candidate] = []
         for backend in self.backends:
             candidate = self.original(backend, backend.capabilities.floating_precisions[0])
+            side: Side | None = None
             try:
-                return candidate, self.setup.open("original", candidate), refused
+                side = self.setup.open("original", candidate)
+                self._judged(candidate, side)
+                # What compiles may still not run.
+                side.prepare(self.setup.timing, SCREENING.warm_up_s)
+                return candidate, side, refused
             except BackendError as error:
+                if side is not None:
+                    side.close()
                 if backend is self.backends[-1]:
                     reasons = [f"{c.backend.name}: {c.reason}" for c in refused]
                     raise BackendError("; ".join([*reasons, str(error)]), fix=error.fix) from error
@@ -123,12 +140,14 @@ class Screening:
     def _best_original(
         self, first: Candidate, side: Side, refused: list[Candidate]
     ) -> tuple[Candidate, Side, list[Candidate]]:
-        permitted = self._judged(first, side)
+        permitted = first.verdict != "rejected"
         others: list[Candidate] = []
         gone = {candidate.backend.name for candidate in refused}
         for backend in self.backends:
-            for precision in backend.capabilities.floating_precisions:
-                if backend.name in gone or (backend == first.backend and precision == first.point.floating_precision):
+            if backend.name in gone or (backend.spare and backend != first.backend):
+                continue
+            for precision in self._precisions(backend):
+                if backend == first.backend and precision == first.point.floating_precision:
                     continue
                 other = self.original(backend, precision)
                 self.screen(other, side)
@@ -137,21 +156,19 @@ class Screening:
                     self.notes.append(
                         f"warning: {backend.name} in {precision} does not take this model: {other.reason}"
                     )
-        best = min((o for o in others if o.ratios and o.verdict != "rejected"), key=cost_of, default=None)
-        if best is None or (permitted and not self._better(best, first)):
+        usable = [o for o in others if o.ratios and o.verdict != "rejected" and not self.judge.too_late(o.p99_ms)]
+        best = min(usable, key=cost_of, default=None)
+        first.p99_ms = p99_ms(side)
+        in_time = not self.judge.too_late(first.p99_ms)
+        if best is None or (permitted and in_time and not self._better(best, first)):
             return first, side, [first, *refused, *others]
         side.close()
-        why = (
-            "the backend's default loses too much accuracy"
-            if not permitted
-            else "it is faster than the backend's default"
-        )
-        if best.backend != first.backend:
-            why = (
-                f"{first.backend.name} loses too much accuracy"
-                if not permitted
-                else f"it is faster than {first.backend.name}"
-            )
+        theirs = "the backend's default" if best.backend == first.backend else first.backend.name
+        why = f"it costs less than {theirs}"
+        if not permitted:
+            why = f"{theirs} loses too much accuracy"
+        elif not in_time:
+            why = f"{theirs} is too slow for the latency allowed"
         where = "" if best.backend.alone else f"{best.backend.name}, "
         self.notes.append(f"the original runs in {where}{best.point.floating_precision}: {why}")
         best.reason = why
@@ -159,7 +176,17 @@ class Screening:
         self._rebase(best, first, others)
         return best, self.setup.open("original", best), [first, *refused, *others]
 
+    def _precisions(self, backend: Backend) -> list[str]:
+        """The floating precisions that may be tried there: without samples to judge accuracy on, none below the
+        backend's own default."""
+        default, *others = backend.capabilities.floating_precisions
+        return [default, *(p for p in others if self.judge.evaluation is not None or p == "f32")]
+
     def _better(self, other: Candidate, first: Candidate) -> bool:
+        """Whether another original is what to compare with: cheaper beyond doubt, and no slower."""
+        throughput = other.ratios["throughput_per_s"]
+        if throughput.high is not None and throughput.high < 1:
+            return False
         least = self.judge.budget.min_gain if other.backend == first.backend else ANOTHER_BACKEND_GAIN
         return enough(gain_of(other), least)
 
@@ -194,7 +221,7 @@ class Screening:
         seen = {(c.backend.name, self.source.digest(), c.point.floating_precision) for c in originals}
         found = []
         for backend in self.backends:
-            precisions = backend.capabilities.floating_precisions
+            precisions = self._precisions(backend)
             for branch in branches.get(backend.name, []):
                 for precision in precisions:
                     key = (backend.name, branch.artifact.digest(), precision)

@@ -16,11 +16,19 @@ from typing import Any, Literal
 
 from perwatt import metrics
 from perwatt.backends import Backend
-from perwatt.candidates import Branch, Candidate, cost_in, cost_of, enough, gain_of, ledger, no_gain_text, ratio_text
-from perwatt.errors import BackendError
+from perwatt.candidates import (
+    Branch,
+    Candidate,
+    at_cost,
+    cost_of,
+    gain_of,
+    ledger,
+    ratio_text,
+)  # fmt: skip
+from perwatt.errors import BackendError, PerwattError
+from perwatt.finals import AT_POINT, Finals
 from perwatt.judging import Judge, p99_ms
-from perwatt.measurement import Ratio
-from perwatt.measuring import Effort, interleave, ratios, run_energy_blocks
+from perwatt.measuring import Effort
 from perwatt.pipeline import Row
 from perwatt.screening import Screening
 from perwatt.setup import Setup
@@ -29,11 +37,8 @@ from perwatt.tune import Front
 from perwatt.tuning import TunePlan, tuned
 
 FINAL_TRIES = 3
-ENERGY_BLOCKS = 2
-"""Of windows for a counter of energy, where there is one."""
 CLOSE = 1.15
 """A runner-up that costs no more than this times the best is tuned too: the point may turn the order round."""
-AT_POINT = "original at the same point"
 
 
 @dataclass
@@ -74,9 +79,10 @@ class Study:
         """Without a `plan` operating points stay as they are. `deadline`: when no further candidate is screened, in
         `time.monotonic()` seconds."""
         self.setup, self.judge, self.screening, self.explore = setup, judge, screening, explore
-        self.plan, self.eager, self.effort = plan, eager, effort or Effort()
+        self.plan, self.effort = plan, effort or Effort()
         self.deadline, self.progress = deadline, progress
         self.notes: list[str] = []
+        self.finals = Finals(setup, judge, eager, progress, self.notes)
         self.fronts: list[tuple[Candidate, Front]] = []
 
     def run(self) -> Result:
@@ -106,8 +112,7 @@ class Study:
         result = self._final(baseline, chosen, considered)
         every = [branch for found_there in branches.values() for branch in found_there]
         result.rows = ledger(every, result.winner, [*found, *chosen])
-        result.front = next((f for c, f in self.fronts if c.branch is result.winner.branch and
-                             c.backend == result.winner.backend), None)  # fmt: skip
+        result.front = next((front for c, front in self.fronts if _same_program(c, result.winner)), None)
         result.notes = [*self.screening.notes, *self.notes, *result.notes]
         return result
 
@@ -127,7 +132,7 @@ class Study:
             self.progress(0.5 + 0.05 * number, f"tuning {candidate.name}")
             try:
                 front = tuned(self.plan, self.setup, candidate, self.judge.budget, self.progress)
-            except BackendError as error:
+            except PerwattError as error:
                 self.notes.append(f"the operating point of {candidate.name} could not be tuned: {error}")
                 continue
             if front is None:
@@ -137,124 +142,58 @@ class Study:
                 continue
             base = 1.0 if candidate is baseline else cost_of(candidate)
             better = replace(candidate, point=front.best.point, tuned=True, reason="", verdict="runner-up", p99_ms=None)
-            gain = cost_in(front.best.ratios, candidate.backend)
-            better.ratios = {} if gain.value is None else {"cpu_s_per_inference": Ratio(base * gain.value)}
+            better.ratios = at_cost(base * front.cost, candidate.backend)
             found.append(better)
         found.sort(key=cost_of)
         if found and found[0].branch is not baseline.branch and found[0].backend == baseline.backend:
             # Where the graph brings nothing at that point, the point alone is the answer.
             point = replace(found[0].point, floating_precision=baseline.point.floating_precision)
-            found.insert(1, Candidate(baseline.branch, point, baseline.backend, tuned=True))
+            found.append(Candidate(baseline.branch, point, baseline.backend, tuned=True))
         return [*found, *hopeful]
 
     # The last comparison ------------------------------------------------------------------------------------------
 
-    def _final(self, baseline: Candidate, hopeful: Sequence[Candidate], considered: list[Candidate]) -> Result:
+    def _final(self, baseline: Candidate, chosen: Sequence[Candidate], considered: list[Candidate]) -> Result:
         tried: dict[str, Side] | None = None
-        for number, candidate in enumerate(hopeful[:FINAL_TRIES]):
+        inaccurate: list[Candidate] = []
+        tries = 0
+        for candidate in chosen:
+            if any(_same_program(candidate, other) for other in inaccurate):
+                # The same program at another point gives the same answers.
+                candidate.verdict, candidate.reason = "rejected", inaccurate[-1].reason
+                continue
+            # What is lossless always gets its turn: it can't fail as those before it did.
+            if tries >= FINAL_TRIES and candidate.branch.lossy:
+                continue
             if tried is not None:
-                self._close(tried)
-            self.progress(0.6 + 0.1 * number, f"measuring {candidate.name}")
-            effort = self.effort if number == 0 else replace(self.effort, max_s=self.effort.max_s / 2)
+                self.finals.close(tried)
+            self.progress(0.6 + 0.1 * min(tries, 2), f"measuring {candidate.name}")
+            effort = self.effort if tries == 0 else replace(self.effort, max_s=self.effort.max_s / 2)
+            tries += 1
             try:
-                sides = self._sides(baseline, candidate, effort)
-            except BackendError as error:
+                tried = self.finals.sides(baseline, candidate, effort)
+            except PerwattError as error:
                 candidate.verdict, candidate.reason, tried = "rejected", str(error), None
                 continue
             try:
-                problem, comparison, score = self._confirm(candidate, sides)
+                problem, comparison, score = self.finals.confirm(candidate, tried)
             except BackendError as error:
                 problem, comparison, score = str(error), None, None
             except BaseException:
-                self._close(sides)
+                self.finals.close(tried)
                 raise
             if problem is None:
                 candidate.verdict = "shipped"
-                candidate.reason = self._gain_words(candidate, baseline, sides)
+                candidate.reason = self.finals.gain_words(candidate, baseline, tried)
                 return self._result(
-                    "optimized", candidate.reason, baseline, candidate, sides, considered, comparison, score
+                    "optimized", candidate.reason, baseline, candidate, tried, considered, comparison, score
                 )
             candidate.verdict, candidate.reason = "rejected", problem
-            tried = sides
+            if comparison is not None:
+                inaccurate.append(candidate)
+            if tries > FINAL_TRIES:
+                break
         return self._unchanged(baseline, considered, tried)
-
-    def _sides(self, baseline: Candidate, winner: Candidate, effort: Effort) -> dict[str, Side]:
-        """Fresh workers: the original, the original at the winner's point where that differs, torch eager, the winner."""
-        sides: dict[str, Side] = {}
-        try:
-            sides["original"] = self.setup.open("original", baseline)
-            elsewhere = winner.point != baseline.point or winner.backend != baseline.backend
-            if winner.branch is not baseline.branch and elsewhere:
-                sides[AT_POINT] = self.setup.open(AT_POINT, replace(winner, branch=baseline.branch))
-            if self.eager is not None:
-                try:
-                    self.eager.prepare(self.setup.timing, 0.0)
-                    sides["torch eager"] = self.eager
-                except BackendError as error:
-                    self.eager.close()
-                    self.eager = None
-                    self.notes.append(f"torch eager could not be measured: {error}")
-            if winner is not baseline:
-                sides["optimized"] = self.setup.open("optimized", winner)
-            interleave(
-                list(sides.values()), self.setup.timing, effort,
-                lambda share: self.progress(0.6 + 0.35 * share, "measuring"), self._hopeless,
-                conductor=self.setup.conductor,
-            )  # fmt: skip
-            run_energy_blocks([[side] for side in sides.values()], ENERGY_BLOCKS, self.setup.conductor)
-            for side in sides.values():
-                side.note_memory()
-        except BaseException:
-            self._close(sides)
-            raise
-        return sides
-
-    def _close(self, sides: dict[str, Side]) -> None:
-        """End these workers; torch eager's goes on to the next comparison, and its owner closes it."""
-        for side in sides.values():
-            if side is not self.eager:
-                side.close()
-
-    def _confirm(
-        self, candidate: Candidate, sides: dict[str, Side]
-    ) -> tuple[str | None, metrics.Comparison | None, metrics.Score | None]:
-        """Why this candidate is not shipped after all (None where it is), with its accuracy on all evaluation samples."""
-        side, least = sides["optimized"], self.judge.budget.min_gain
-        p99, rate_words = p99_ms(side), candidate.backend.rate_words
-        if self.judge.too_late(p99):
-            return self.judge.late_words(p99), None, None
-        if self.judge.too_big(side.peak_memory_bytes):
-            return self.judge.big_words(side.peak_memory_bytes), None, None
-        gain = _gain(sides, "original", candidate)
-        if not enough(gain, least) and not self.judge.too_late(p99_ms(sides["original"])):
-            return no_gain_text(gain, least, rate_words), None, None
-        throughput = ratios(side, sides["original"])["throughput_per_s"]
-        powered = candidate.point.power_limit_w is not None or candidate.point.clock_mhz is not None
-        if throughput.high is not None and throughput.high < 1 and not powered:
-            return f"fewer CPU seconds, but slower: {ratio_text(throughput)} of the throughput", None, None
-        if candidate.tuned and AT_POINT in sides and not enough(_gain(sides, AT_POINT, candidate), least):
-            of_graph = ratio_text(_gain(sides, AT_POINT, candidate))
-            return f"the operating point is what brings it: its graph does {of_graph} at that point", None, None
-        if self.judge.evaluation is None:
-            return None, None, None
-        comparison, score = self.judge.drop_on_all(side)
-        candidate.drop = comparison
-        if self.judge.too_much(comparison, final=True):
-            return self.judge.drop_words(comparison), comparison, score
-        return None, comparison, score
-
-    def _gain_words(self, candidate: Candidate, baseline: Candidate, sides: dict[str, Side]) -> str:
-        """`2.10× the original's inferences per CPU second: 1.30× by the graph, 1.62× by the operating point`."""
-        words = f"{_gain(sides, 'original', candidate).value:.2f}× the original's {candidate.backend.rate_words}"
-        if not candidate.tuned:
-            return words
-        if candidate.branch is baseline.branch:
-            return f"{words}, by the operating point alone"
-        if AT_POINT not in sides:
-            return words
-        graph = _gain(sides, AT_POINT, candidate).value or 1.0
-        point = cost_in(ratios(sides[AT_POINT], sides["original"]), candidate.backend).inverse().value or 1.0
-        return f"{words}: {graph:.2f}× by the graph, {point:.2f}× by the operating point"
 
     def _unchanged(self, baseline: Candidate, considered: list[Candidate], tried: dict[str, Side] | None) -> Result:
         """The original is the answer; its figures are those of the last comparison, where there was one."""
@@ -265,26 +204,39 @@ class Study:
             sides = tried
         else:
             self.progress(0.9, "measuring the original")
-            sides = self._sides(baseline, baseline, self.effort)
+            sides = self.finals.sides(baseline, baseline, self.effort)
+        try:
+            self.finals.measure_energy(sides)
+            comparison, score = None, None
+            if self.judge.evaluation is not None:
+                comparison, score = self.judge.drop_on_all(sides["original"])
+        except BaseException:
+            self.finals.close(sides)
+            raise
         baseline.verdict = "shipped"
-        comparison, score = None, None
-        if self.judge.evaluation is not None:
-            comparison, score = self.judge.drop_on_all(sides["original"])
         baseline.reason = baseline.reason or "the original is the answer"
-        best = min((c for c in considered if c.ratios), key=cost_of, default=None)
-        reason = "nothing was better than the original beyond the noise"
-        if best is not None and cost_of(best) >= 1:
-            rate = f"{ratio_text(gain_of(best))} of the original's {best.backend.rate_words}"
-            reason = f"nothing is faster: the best other answer ({best.name}) does {rate}"
-        elif best is not None and best.reason:
-            reason = f"the best other answer ({best.name}) is not shipped: {best.reason}"
+        reason = _why_unchanged(considered)
         return self._result("unchanged", reason, baseline, baseline, sides, considered, comparison, score)
 
     def _result(self, outcome: Any, reason: str, baseline: Candidate, winner: Candidate, sides: dict[str, Side],
                 considered: list[Candidate], comparison: Any, score: Any) -> Result:  # fmt: skip
         as_run = None
-        if self.judge.evaluation is not None:
-            as_run = score.value if winner is baseline else self.judge.drop_on_all(sides["original"])[1].value
+        try:
+            if self.judge.evaluation is not None:
+                as_run = score.value if winner is baseline else self.judge.drop_on_all(sides["original"])[1].value
+        except BackendError as error:
+            self.notes.append(f"the original's accuracy as it runs could not be measured: {error}")
+        except BaseException:
+            self.finals.close(sides)
+            raise
+        if winner.point.power_limit_w is not None:
+            watts = winner.point.power_limit_w
+            self.notes.append(
+                f"warning: its joules hold at a power limit of {watts:g} W only: nvidia-smi -pl {watts:g}"
+            )
+        if winner.point.clock_mhz is not None:
+            mhz = winner.point.clock_mhz
+            self.notes.append(f"warning: its joules hold at a graphics clock of {mhz} MHz only: nvidia-smi -lgc {mhz}")
         result = Result(
             outcome, reason, winner, baseline, sides, [baseline, *considered], [], comparison, score, as_run
         )
@@ -305,11 +257,20 @@ class Study:
             return self.judge.drop_words(result.comparison)
         return None
 
-    def _hopeless(self, cost: Ratio) -> bool:
-        """Whether the interval already excludes the least gain."""
-        return cost.low is not None and cost.low > 1 / (1 + self.judge.budget.min_gain)
+
+def _same_program(a: Candidate, b: Candidate) -> bool:
+    """Whether two candidates compute the same, whatever operating point they run at."""
+    return a.branch is b.branch and a.backend == b.backend and a.point.floating_precision == b.point.floating_precision
 
 
-def _gain(sides: dict[str, Side], base: str, candidate: Candidate) -> Ratio:
-    """What the optimized side does more than `base`."""
-    return cost_in(ratios(sides["optimized"], sides[base]), candidate.backend).inverse()
+def _why_unchanged(considered: Sequence[Candidate]) -> str:
+    """Why the original is the answer, and what was not looked at."""
+    best = min((c for c in considered if c.ratios), key=cost_of, default=None)
+    reason = "nothing was better than the original beyond the noise"
+    if best is not None and cost_of(best) >= 1 and gain_of(best).value is not None:
+        rate = f"{ratio_text(gain_of(best))} of the original's {best.backend.rate_words}"
+        reason = f"nothing is faster: the best other answer ({best.name}) does {rate}"
+    elif best is not None and best.reason:
+        reason = f"the best other answer ({best.name}) is not shipped: {best.reason}"
+    late = sum(c.reason.startswith("not tried") for c in considered)
+    return f"{reason}; {late} other answers were not tried: out of time" if late else reason

@@ -150,6 +150,8 @@ def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) 
     bundle = open_bundle(path)
     program = bundle.program
     target = str(program["target"])
+    if program.get("portable"):
+        raise InputError(f"{path} is not finished: nothing was lowered", fix=f"optimize {path} --target {target}")
     asked = options.get("target")
     if asked is not None and target not in registry.serving(asked):
         raise InputError(
@@ -250,12 +252,15 @@ def _only(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 def _at(point: OperatingPoint, options: Mapping[str, Any]) -> OperatingPoint:
     """The operating point with what the command asks for. Another scenario takes another default batch, and leaves
-    threads and streams, which were right for the one before, to the backend."""
+    threads, streams and requests, which were right for the one before, to the backend."""
     scenario: Scenario = options.get("scenario") or point.scenario
     if scenario != point.scenario:
         batch = OFFLINE_BATCH if scenario == "offline" else 1
-        point = replace(point, scenario=scenario, batch=batch, threads=None, streams=None)
+        point = replace(point, scenario=scenario, batch=batch, threads=None, streams=None, requests=None)
     asked = {name: options[name] for name in ("batch", "threads", "streams") if options.get(name) is not None}
+    if {"threads", "streams"} & set(asked):
+        # So many requests were right for other streams.
+        point = replace(point, requests=None)
     return replace(point, **asked)
 
 

@@ -30,6 +30,8 @@ ROUNDS = (("threads", "streams"), ("batch",), ("requests",), ("pinned",), ("grap
 """What is varied together. The first two come again, the streams at the batch that won."""
 
 HEAT = Effort(window_s=0.03, warm_up_s=0.15, min_blocks=6, max_s=4.0, tight=0.015)
+HEAT_POINTS = 6
+"""So many new points at once: each has a process of its own, with the whole model in it."""
 LONGEST_CALL_S = 1.0
 """A batch whose call would take longer is not tried: nobody waits for it, and measuring it takes minutes."""
 BATCHES_A_HEAT = 3
@@ -54,6 +56,15 @@ class Trial:
     ratios: dict[str, Ratio] = field(default_factory=dict)
     memory_bytes: int | None = None
     reason: str = ""
+    device: str = "cpu"
+
+    @property
+    def cost(self) -> float | None:
+        """What an inference costs: CPU seconds on a CPU; on a GPU joules where they were counted, else seconds."""
+        if self.device == "cpu":
+            return self.figures.get("cpu_s_per_inference")
+        joules, rate = self.figures.get("energy_j_per_inference"), self.figures.get("throughput_per_s")
+        return joules if joules is not None else 1 / rate if rate else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the bundle."""
@@ -62,6 +73,7 @@ class Trial:
             "operating_point": self.facts.get("operating_point", self.point.to_json()),
             "settings": self.facts.get("settings", {}),
             "figures": self.figures,
+            "cost": self.cost,
             "ratios": plain,
             "peak_memory_bytes": self.memory_bytes,
             "reason": self.reason,
@@ -70,25 +82,26 @@ class Trial:
 
 @dataclass
 class Front:
-    """What a search found: the best point, and every point that was measured, the start first."""
+    """What a search found: the best point, and every point that was measured, the start first. `cost`: of the best point
+    ÷ the start, in what decides. `complete`: it was not cut short by time."""
 
     best: Trial
     trials: list[Trial]
     seconds: float = 0.0
+    cost: float = 1.0
+    complete: bool = True
 
     def undominated(self) -> list[Trial]:
         """The points that no other one beats in cost, throughput and p99 latency at once, cheapest first."""
         known = [t for t in self.trials if t.figures and not t.reason.startswith("memory")]
         kept = [t for t in known if not any(_beats(other, t) for other in known)]
-        return sorted(kept, key=lambda t: t.figures["cpu_s_per_inference"] or 0.0)
+        return sorted(kept, key=lambda t: t.cost or 0.0)
 
 
 def _beats(a: Trial, b: Trial) -> bool:
     def costs(trial: Trial) -> tuple[float, float, float]:
         found = trial.figures
-        return (
-            found["cpu_s_per_inference"] or 0.0, -(found["throughput_per_s"] or 0.0), found["latency_p99_ms"] or 0.0
-        )  # fmt: skip
+        return trial.cost or 0.0, -(found["throughput_per_s"] or 0.0), found["latency_p99_ms"] or 0.0
 
     ours, theirs = costs(a), costs(b)
     return all(x <= y for x, y in zip(ours, theirs, strict=True)) and ours != theirs
@@ -121,6 +134,7 @@ class Tuning:
         self.trials: dict[OperatingPoint, Trial] = {}
         self._sides: dict[OperatingPoint, Side] = {}
         self._taken: set[str] = set()
+        self._failed: dict[int, str] = {}
 
     def run(self, start: OperatingPoint, knobs: dict[str, list[Any]], first: OperatingPoint | None = None) -> Front:
         """Search from `start` over `knobs`: field → values. `first` is tried before all others, as what an earlier
@@ -144,7 +158,16 @@ class Tuning:
                 side.close()
         for trial in self.trials.values():
             compare_with(self.trials[start], trial)
-        return Front(self.trials[self.best], list(self.trials.values()), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        best = self.trials[self.best]
+        return Front(best, list(self.trials.values()), seconds, self._cost_of(best), self._time_left())
+
+    def _cost_of(self, trial: Trial) -> float:
+        """÷ the start's, in what short windows decide by."""
+        name = "cpu_s_per_inference" if self.conductor.device == "cpu" else "throughput_per_s"
+        ratio = trial.ratios.get(name, Ratio(1.0))
+        value = ratio.value if self.conductor.device == "cpu" else ratio.inverse().value
+        return value if value is not None else 1.0
 
     def _rounds(self, knobs: dict[str, list[Any]]) -> None:
         rounds = [fields for fields in ROUNDS if any(name in knobs for name in fields)]
@@ -188,6 +211,10 @@ class Tuning:
     def _heat(self, points: Sequence[OperatingPoint]) -> None:
         """Race the points that were not measured yet against the best so far; the best may change."""
         fresh = [point for point in points if point not in self.trials and point not in self._sides]
+        for first in range(0, len(fresh), HEAT_POINTS):
+            self._one_heat(fresh[first : first + HEAT_POINTS])
+
+    def _one_heat(self, fresh: Sequence[OperatingPoint]) -> None:
         for point in fresh:
             if not self._time_left():
                 break
@@ -210,11 +237,16 @@ class Tuning:
         for point in held:
             self._sides[point].windows.clear()
             self._sides[point].energy_windows.clear()
+        self._failed = {}
         try:
             self._race([*held, *racing], held)
             for point in racing:
-                self._note(point)
-            self._choose(racing)
+                failed = self._failed.get(id(self._sides[point]))
+                if failed is None:
+                    self._note(point)
+                else:
+                    self.trials[point] = Trial(point, dict(self._sides[point].facts), reason=failed)
+            self._choose([point for point in racing if id(self._sides[point]) not in self._failed])
         finally:
             for point in [p for p in self._sides if p not in (self.start, self.best)]:
                 self._sides.pop(point).close()
@@ -237,6 +269,7 @@ class Tuning:
         most_s = HEAT.max_s + len(points)
         blocks = 0
         while True:
+            alive = [point for point in alive if id(self._sides[point]) not in self._failed]
             self.conductor.block([[self._sides[point]] for point in alive], lambda side: self._window(side, window_s))
             blocks += 1
             spent = time.perf_counter() - start
@@ -244,6 +277,7 @@ class Tuning:
                 return
             if blocks < HEAT.min_blocks or blocks % 2:
                 continue
+            alive = [point for point in alive if id(self._sides[point]) not in self._failed]
             best = min((p for p in alive if not self._slower(p)), key=self._cost, default=self.best)
             against = {p: self._ratio(p, best) for p in alive if p != best}
             # Dropped: what cannot be the best any more. The start and the best so far stay, to compare with.
@@ -257,13 +291,28 @@ class Tuning:
         """Long enough for a call or two of the slowest."""
         longest = 0.0
         for point in points:
-            window = self._sides[point].window(0.0)
+            try:
+                window = self._sides[point].window(0.0)
+                self._sides[point].settle()
+            except BackendError as error:
+                self._fail(self._sides[point], error)
+                continue
             longest = max(longest, window.wall_s)
-            self._sides[point].settle()
         return min(max(HEAT.window_s, longest), LONGEST_CALL_S)
 
     def _window(self, side: Side, seconds: float) -> Any:
-        return self.conductor.window(side, seconds)
+        if id(side) in self._failed:
+            return None
+        try:
+            return self.conductor.window(side, seconds)
+        except BackendError as error:
+            return self._fail(side, error)
+
+    def _fail(self, side: Side, error: BackendError) -> None:
+        """A point that crashes costs itself; what all others are compared with may not."""
+        if side in (self._sides[self.start], self._sides[self.best]):
+            raise error
+        self._failed[id(side)] = str(error)
 
     def _ratio(self, point: OperatingPoint, base: OperatingPoint) -> Ratio:
         ours, theirs = self._sides[point], self._sides[base]
@@ -287,7 +336,7 @@ class Tuning:
     def _note(self, point: OperatingPoint) -> Trial:
         """Keep what the side of this point has measured so far."""
         side = self._sides[point]
-        trial = self.trials.get(point) or Trial(point, dict(side.facts))
+        trial = self.trials.get(point) or Trial(point, dict(side.facts), device=self.conductor.device)
         if side.windows:
             trial.figures = figures(side.windows)
             trial.ratios = ratios(side, self._sides[self.start]) if point != self.start else trial.ratios

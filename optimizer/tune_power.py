@@ -8,6 +8,7 @@ that the budget allows. The limit is a setting of the machine, not of the progra
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,7 @@ def tune_power(
     conductor: Conductor,
     allowed: Allowed,
     progress: Callable[[str], None] = lambda text: None,
+    deadline: float | None = None,
 ) -> list[Trial]:
     """Every setting that was measured, best first; the first is `point` itself where nothing saves enough. `choices`:
     `power_limit_w` and `clock_mhz` → values worth trying. Nothing is tried where the meter counts no joules."""
@@ -38,6 +40,8 @@ def tune_power(
         return [Trial(point, dict(side.facts))]
     best, trials = None, []
     for name in ("power_limit_w", "clock_mhz"):
+        if best is not None and deadline is not None and time.monotonic() > deadline:
+            break
         as_it_is, *found = _race(
             side, best.point if best else point, name, choices.get(name, ()), conductor, allowed, progress
         )
@@ -102,7 +106,7 @@ class _View:
 def _trial(view: _View, base: _View, allowed: Allowed, refused: str) -> Trial:
     facts = {**view.side.facts}
     facts["operating_point"] = {**facts.get("operating_point", {}), **view.point.to_json()}
-    trial = Trial(view.point, facts, reason=refused)
+    trial = Trial(view.point, facts, reason=refused, device="gpu")
     if refused or not view.energy_windows:
         return trial
     trial.figures = figures(view.energy_windows, view.energy_windows)

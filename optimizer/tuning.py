@@ -32,11 +32,13 @@ from perwatt.tune_power import onwards, tune_power
 @dataclass(frozen=True)
 class TunePlan:
     """`fixed`: fields of the operating point that the recipe sets. `fixed_batch`: the model takes one batch only.
-    `max_s`: time for one search. `memory_bytes`: what a program may hold."""
+    `max_s`: time for one search, `limited` where the user said so: joules of a
+    GPU take longer to count. `memory_bytes`: what a program may hold."""
 
     fixed: frozenset[str] = frozenset()
     fixed_batch: bool = False
     max_s: float = 60.0
+    limited: bool = False
     memory_bytes: int | None = None
     cache: Path | None = None
     machine: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +56,7 @@ def tuned(
     power = setup.conductor.power
     if power is None and not any(len(values) > 1 for values in knobs.values()):
         return None
-    key = _key(plan, candidate)
+    key = _key(plan, candidate, budget)
     tuning = Tuning(
         lambda point: setup.open("tuning", replace(candidate, point=point)),
         lambda side, effort: _prepare(side, setup.timing, effort),
@@ -67,27 +69,32 @@ def tuned(
     front = tuning.run(candidate.point, knobs, best)
     if best is not None and front.best.point == best:
         _join(front, known)
-    _remember(plan, key, front)
+    if front.complete:
+        _remember(plan, key, front)
     if power is not None:
-        _at_best_power(front, power.choices(), setup, candidate, budget, lambda text: progress(0.6, text))
+        deadline = None if not plan.limited else time.monotonic() + plan.max_s
+        choices = power.choices()
+        _at_best_power(front, choices, setup, candidate, budget, lambda text: progress(0.6, text), deadline)
     return front
 
 
 def _at_best_power(
     front: Front, choices: Mapping[str, Sequence[Any]], setup: Setup, candidate: Candidate, budget: Budget,
-    progress: Callable[[str], None],
+    progress: Callable[[str], None], deadline: float | None,
 ) -> None:  # fmt: skip
     """Search the power limit and clock for the best point, too; what was measured joins the front."""
     side = setup.open("tuning", replace(candidate, point=front.best.point))
     try:
         _prepare(side, setup.timing, HEAT)
         best, *others = tune_power(
-            side, front.best.point, choices, setup.conductor, Allowed(budget.p99_ms), progress
+            side, front.best.point, choices, setup.conductor, Allowed(budget.p99_ms), progress, deadline
         )  # fmt: skip
     finally:
         side.close()
     if best.point != front.best.point:
         front.trials += [best, *(trial for trial in others if trial.point != front.best.point)]
+        joules = best.ratios["energy_j_per_inference"].value
+        front.cost *= joules if joules is not None else 1.0
         # Its gain over the start is that of its process at the power as found, times what the power brings.
         best.ratios = onwards(front.best.ratios, best.ratios)
         front.best = best
@@ -97,7 +104,7 @@ def _prepare(side: Side, timing: Path, effort: Effort) -> None:
     side.prepare(timing, effort.warm_up_s, effort.steady_s)
 
 
-def _key(plan: TunePlan, candidate: Candidate) -> str:
+def _key(plan: TunePlan, candidate: Candidate, budget: Budget) -> str:
     facts = {
         "model": candidate.branch.artifact.digest(),
         "backend": candidate.backend.name,
@@ -105,6 +112,7 @@ def _key(plan: TunePlan, candidate: Candidate) -> str:
         "start": candidate.point.to_json(),
         "fixed": sorted(plan.fixed),
         "memory_bytes": plan.memory_bytes,
+        "p99_ms": budget.p99_ms,
         "machine": fingerprint.digest(plan.machine or fingerprint.fingerprint()),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -122,7 +122,9 @@ class Session(MeterOperations):
 
         found = registry.target(name)
         missing = found.missing()
-        facts = {"missing": missing, "device": found.device, "slow_to_lower": found.slow_to_lower}
+        facts = {
+            "missing": missing, "device": found.device, "slow_to_lower": found.slow_to_lower, "meter": found.meter
+        }  # fmt: skip
         if missing:
             return {**facts, "capabilities": None, "versions": {}, "knobs": {}}
         knobs = found.knobs(OperatingPoint(**(point or {})))

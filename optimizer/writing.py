@@ -14,13 +14,15 @@ from typing import Any
 from perwatt import recipe as recipes
 from perwatt import registry
 from perwatt.bundle import LOCK, Bundle, digest_of, program_json, write_json, writing
+from perwatt.candidates import cost_in, cost_of, gain_of
 from perwatt.compilation import Run, model_name
 from perwatt.datasets_fit import parse_normalization
+from perwatt.finals import AT_POINT
 from perwatt.measurement import Ratio
 from perwatt.measuring import FIGURES, cpu_ratio, figures, ratios, side_by_side
 from perwatt.report import Report
 from perwatt.sides import Side
-from perwatt.study import AT_POINT, Result
+from perwatt.study import Result
 
 LABELLED = ("power_w", "energy_j_per_inference", "throughput_per_watt")
 RECORDED_PACKAGES = (
@@ -336,11 +338,11 @@ def _measuring(side: Side) -> dict[str, Any]:
 def _last_word(run: Run) -> str | None:
     """What would bring more: samples, or a larger budget."""
     lossy = [c for c in run.result.candidates if c.branch.lossy and c.verdict == "rejected" and c.ratios]
-    faster = [c for c in lossy if (c.ratios["cpu_s_per_inference"].high or 9) < 1]
+    faster = [c for c in lossy if (cost_in(c.ratios, c.backend).high or 9) < 1]
     if not faster:
         return None
-    best = min(faster, key=lambda c: c.ratios["cpu_s_per_inference"].value or 9)
-    gain = best.ratios["cpu_s_per_inference"].inverse().value
+    best = min(faster, key=cost_of)
+    gain = gain_of(best).value
     name = best.branch.applied()[-1]
     if run.prepared.evaluation is None:
         return f"{name} would be {gain:.1f}× (speed measured, accuracy unknown): give about 100 samples with --data"

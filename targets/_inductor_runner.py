@@ -76,7 +76,8 @@ class Runner:
 
     def call(self, feeds: Tensors) -> list[Array]:
         """One call. The arrays are the caller's."""
-        return [self._declared(position, array(value)) for position, value in enumerate(self._run(feeds))]
+        # Copies: an output may be a view of an input, or of another output.
+        return [self._declared(position, array(value).copy()) for position, value in enumerate(self._run(feeds))]
 
     def load(
         self,
@@ -185,15 +186,17 @@ class CudaRunner(Runner):
         free, under_way = deque(self.lanes[:at_once]), deque[tuple[Lane, int, float]]()
 
         def end_oldest() -> None:
-            lane, turn, begun = under_way.popleft()
+            lane, turn, waited_ms = under_way.popleft()
             lane.finish()
-            latencies[turn] = (clock.now() - begun) * 1e3
+            # By the GPU's clock: when this thread comes to look says nothing of when the call was done.
+            latencies[turn] = waited_ms + lane.took_ms()
             free.append(lane)
 
         for begun in _moments(clock, start, seconds, arrivals_s):
             lane = free.popleft()
+            waited_ms = (clock.now() - begun) * 1e3
             lane.begin(feeds[len(latencies) % len(feeds)])
-            under_way.append((lane, len(latencies), begun))
+            under_way.append((lane, len(latencies), waited_ms))
             latencies.append(0.0)
             # Before the next is asked for, so that its time does not begin while it waits for a stream. Requests that are
             # due later must not keep those that are done from being counted.
@@ -210,8 +213,9 @@ class Lane:
     def __init__(self, run: Any, graphs: bool) -> None:
         self.run, self.graphs = run, graphs
         self.stream = torch.cuda.Stream()
+        self.started = torch.cuda.Event(enable_timing=True)
         # Blocking: the thread that waits sleeps.
-        self.ended = torch.cuda.Event(blocking=True)
+        self.ended = torch.cuda.Event(enable_timing=True, blocking=True)
         self.recorded: dict[tuple[Any, ...], Recorded] = {}
         self.results: dict[tuple[Any, ...], Tensors] = {}
         self.current: Tensors = []
@@ -220,6 +224,7 @@ class Lane:
         """Copy in, run, copy out, without waiting for any of it."""
         key = tuple(tuple(one.shape) for one in feeds)
         with torch.cuda.stream(self.stream):
+            self.started.record(self.stream)
             found = self._replayed(key, feeds) if self.graphs else self._launched(feeds)
             if key not in self.results:
                 self.results[key] = [torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in found]
@@ -230,6 +235,10 @@ class Lane:
 
     def done(self) -> bool:
         return bool(self.ended.query())
+
+    def took_ms(self) -> float:
+        """From the beginning of the last call to its end, by the GPU's clock. It has ended."""
+        return float(self.started.elapsed_time(self.ended))
 
     def finish(self) -> Tensors:
         """Wait for the end; the results are overwritten by the next call on this stream."""

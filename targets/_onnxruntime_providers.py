@@ -61,7 +61,8 @@ PROVIDERS = {
         "TensorrtExecutionProvider",
         "onnxruntime-gpu[cuda,cudnn] tensorrt",
         options={"device_id": "0"},
-        precisions={"f32": {}, "f16": {"trt_fp16_enable": "1"}, "bf16": {"trt_bf16_enable": "1"}},
+        # It has no switch for TF32, which TensorRT takes for float32 where the GPU has it.
+        precisions={"tf32": {}, "f16": {"trt_fp16_enable": "1"}, "bf16": {"trt_bf16_enable": "1"}},
         graphs="trt_cuda_graph_enable",
         behind=("CUDAExecutionProvider",),
         memory="cuda",

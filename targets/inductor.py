@@ -53,6 +53,11 @@ class Inductor(Target):
         super().__init__(variant)
         self.device = "gpu" if variant == "cuda" else "cpu"
 
+    def missing_to_run(self) -> list[str]:
+        """A package needs torch alone, and the GPU that it is for."""
+        compiling = ("C++ compiler", "triton")
+        return [reason for reason in self.missing() if not any(word in reason for word in compiling)]
+
     def missing(self) -> list[str]:
         if find_spec("torch") is None:
             return ["torch is not installed: pip install 'perwatt[torch]'"]
@@ -83,7 +88,7 @@ class Inductor(Target):
     def knobs(self, point: OperatingPoint) -> dict[str, tuple[Any, ...]]:
         """Few, because each value costs a compilation; `graphs` and `streams` cost none."""
         several = point.scenario != "single-stream"
-        known: dict[str, tuple[Any, ...]] = {"floating_precision": self.capabilities().floating_precisions}
+        known: dict[str, tuple[Any, ...]] = {}
         if self.variant == "cuda":
             known |= {"graphs": (False, True), "autotune": (None, True)}
             return known | ({"batch": (1, 8, 32, 128), "streams": (1, 2)} if several else {})

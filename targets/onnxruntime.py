@@ -55,6 +55,8 @@ class ONNXRuntime(Target):
         super().__init__(variant)
         self.provider = PROVIDERS[variant]
         self.device = self.provider.device
+        # No meter here watches what is neither a CPU nor NVIDIA's.
+        self.meter = "auto" if variant in ("cuda", "tensorrt") or self.device == "cpu" else "none"
 
     def missing(self) -> list[str]:
         package, name = self.provider.package, self.provider.name
@@ -124,9 +126,9 @@ class ONNXRuntimeProgram(Program):
             known = ", ".join(provider.precisions)
             raise BackendError(f"ONNX Runtime has no floating precision {precision!r} here: known are {known}")
         self.batch_size = batch if isinstance(batch, int) else None if batch is None else point.batch
-        self.streams, threads = _streams_and_threads(point, provider)
+        self.streams, threads, of_all = _streams_and_threads(point, provider)
         self.graphs = bool(point.graphs) if provider.graphs else None
-        point = replace(point, threads=threads * self.streams, streams=self.streams)
+        point = replace(point, threads=of_all, streams=self.streams)
         providers = chain(variant, precision, point)
         if variant == "tensorrt" and b"QuantizeLinear" in path.read_bytes():
             providers[0][1]["trt_int8_enable"] = "1"
@@ -203,18 +205,21 @@ class ONNXRuntimeProgram(Program):
         }
 
 
-def _streams_and_threads(point: OperatingPoint, provider: Provider) -> tuple[int, int]:
-    """Streams, and threads of each: `point.threads` counts those of all streams together."""
+def _streams_and_threads(point: OperatingPoint, provider: Provider) -> tuple[int, int, int]:
+    """Streams, what the session is told, and threads of all streams together. Concurrent calls share one pool, which has
+    a thread less than it is told, because a caller works with it: so it is told what the other callers leave."""
     if provider.device != "cpu":
         one_at_a_time = not provider.concurrent or (provider.graphs is not None and point.graphs)
-        return (1 if one_at_a_time else point.streams or 1), 1
+        streams = 1 if one_at_a_time else point.streams or 1
+        return streams, 1, streams
     threads = point.threads or _cpu.usable_cpus()
     # Where nothing is asked for: all threads in one call, or, where throughput counts, about four in each of several.
     several = 1 if point.scenario == "single-stream" else max(threads // 4, min(threads, 4))
     streams = point.streams or several
     if point.threads is not None:
         streams = min(streams, point.threads)
-    return streams, max(1, threads // streams)
+    threads = max(threads, streams)
+    return streams, threads - streams + 1, threads
 
 
 def _session_config(point: OperatingPoint, threads: int) -> dict[str, str]:

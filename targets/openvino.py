@@ -74,6 +74,7 @@ class OpenVINO(Target):
         self.plugin = DEVICES[variant]
         # Of an NPU a meter of the CPU sees as little as of a GPU.
         self.device = "gpu" if variant else "cpu"
+        self.meter = "none" if variant else "auto"
 
     def missing(self) -> list[str]:
         try:

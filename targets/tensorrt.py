@@ -50,11 +50,13 @@ DEFAULT_STREAMS = {"single-stream": 1, "offline": 2, "server": 2}
 
 
 class TensorRT(Target):
-    """NVIDIA's runtime. `bounds` says what dynamic dimensions other than the batch may be; set it before `lower`."""
+    """NVIDIA's runtime.
+
+    `bounds` says what dynamic dimensions other than the batch may be; set it before `lower`."""
 
     preference = 2
     serves: ClassVar = {"gpu": ""}
-    fixed_once_saved: ClassVar = ("batch",)
+    fixed_once_saved: ClassVar = ("batch", "floating_precision", "autotune")
     device: Literal["cpu", "gpu"] = "gpu"
     bounds: Bounds = Bounds()
 

@@ -115,11 +115,15 @@ def package(folder: Path, group: str, name: str, source: str) -> Path:
 
 
 def workers_of(text: str) -> list[psutil.Process]:
-    """Worker processes whose environment mentions `text`."""
+    """Worker processes whose environment mentions `text`, or a path below it."""
+
+    def mentions(value: str) -> bool:
+        return value == text or value.startswith(f"{text}/")
+
     found = []
     for process in psutil.process_iter(["cmdline"]):
         try:
-            if "perwatt.worker" in (process.info["cmdline"] or []) and text in process.environ().values():
+            if "perwatt.worker" in (process.info["cmdline"] or []) and any(map(mentions, process.environ().values())):
                 found.append(process)
         except psutil.Error:
             continue

@@ -144,6 +144,7 @@ class Stage:
         self.labelled = True
         self.eager: Play | None = None
         self.backends: tuple[str, ...] = ("null",)
+        self.spare: tuple[str, ...] = ()
         monkeypatch.setattr(setup.Side, "lowered", staticmethod(self.lowered))
 
     def lowered(
@@ -171,7 +172,10 @@ class Stage:
 
     def backend(self, name: str) -> Backend:
         return Backend(
-            name, capabilities=Capabilities(floating_precisions=self.precisions), alone=len(self.backends) == 1
+            name,
+            capabilities=Capabilities(floating_precisions=self.precisions),
+            alone=len(self.backends) == 1,
+            spare=name in self.spare,
         )
 
     def screening(self) -> Screening:

@@ -12,7 +12,7 @@ from perwatt.fronts import pick
 
 def entry(batch: int, cpu_us: float, rate: float, p99_ms: float) -> dict[str, Any]:
     figures = {"cpu_s_per_inference": cpu_us * 1e-6, "throughput_per_s": rate, "latency_p99_ms": p99_ms}
-    return {"operating_point": {"batch": batch}, "figures": figures}
+    return {"operating_point": {"batch": batch}, "figures": figures, "cost": cpu_us * 1e-6}
 
 
 FRONT = [entry(32, 100, 17000, 4.0), entry(8, 125, 13000, 1.5), entry(1, 280, 5700, 0.5)]

@@ -85,7 +85,7 @@ def test_it_is_shown_and_refuses_to_be_loaded(folder: Path, bundle: Bundle) -> N
     shown = optimize("show", str(bundle.path), cwd=folder)
     assert shown.returncode == 0 and shown.stdout.strip() == "\n".join(words(bundle)).strip()
     assert "variants/quantize-int8.onnx" in shown.stdout
-    with pytest.raises(perwatt.PerwattError, match="can't be used here"):
+    with pytest.raises(perwatt.InputError, match="is not finished: nothing was lowered — optimize"):
         perwatt.load(bundle.path)
 
 

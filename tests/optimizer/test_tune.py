@@ -181,6 +181,44 @@ def test_the_front_has_what_no_other_point_beats_in_everything() -> None:
     assert fastest.figures["throughput_per_s"] == max(t.figures["throughput_per_s"] for t in kept)
 
 
+def test_a_point_that_crashes_while_it_is_raced_costs_itself_and_not_the_search() -> None:
+    class Crashes(ScriptedSide):
+        def window(self, seconds: float) -> Window:
+            if self.point.streams == 2 and self.given > 3:
+                raise BackendError("tuning: the worker was ended by SIGSEGV during drive")
+            return super().window(seconds)
+
+    bench = Bench(plain)
+    opened = bench.opened
+    bench.open_at = lambda point: opened.append(Crashes(point, plain, len(opened))) or opened[-1]  # type: ignore[method-assign]
+    front = bench.search(OFFLINE, KNOBS)
+    crashed = [t for t in front.trials if t.point.streams == 2]
+    assert crashed and all("SIGSEGV" in t.reason and not t.figures for t in crashed)
+    assert front.best.point.streams != 2 and front.best.ratios["cpu_s_per_inference"].value < 1
+
+
+def test_no_more_than_a_few_processes_hold_the_model_at_once() -> None:
+    bench = Bench(plain)
+    most = 0
+    real = bench.open_at
+
+    def counted(point: OperatingPoint) -> ScriptedSide:
+        nonlocal most
+        side = real(point)
+        most = max(most, sum(not one.closed for one in bench.opened))
+        return side
+
+    bench.open_at = counted  # type: ignore[method-assign]
+    many = [1, 2, 4, 8, 16, 32, 64]
+    bench.search(replace(OFFLINE, threads=64), {"threads": many, "streams": many})
+    assert most <= 8 < len(bench.opened)
+
+
+def test_a_search_that_was_cut_short_says_so() -> None:
+    assert Bench(plain).search(OFFLINE, KNOBS).complete
+    assert not Bench(plain).search(OFFLINE, KNOBS, deadline=0.0).complete
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.floats(0.2, 5.0), min_size=4, max_size=4))
 def test_what_wins_is_never_worse_than_the_start(costs: list[float]) -> None:

@@ -104,3 +104,9 @@ def test_a_cache_that_is_damaged_or_can_t_be_written_costs_nothing_but_the_head_
     (tmp_path / "file").write_text("")
     front, _ = search(replace(plan, cache=tmp_path / "file" / "tune"), tmp_path)
     assert front is not None and front.best.point.batch == 8
+
+
+def test_a_search_that_was_cut_short_is_not_remembered(plan: TunePlan, tmp_path: Path) -> None:
+    front, _ = search(replace(plan, max_s=0.0), tmp_path)
+    assert front is not None and not front.complete
+    assert plan.cache is not None and not list(plan.cache.glob("*.json"))
