@@ -20,9 +20,12 @@ HERE = Path(__file__).resolve().parent
 VENV = Path(os.environ.get("PERWATT_VENV", HERE / ".venv"))
 PYTHON = VENV / "bin" / "python"
 WHEEL_TESTS = (
-    "tests/optimizer/test_cli.py", "tests/optimizer/test_report_html.py", "tests/bench/test_modelled.py", "tests/targets",
+    "tests/optimizer/test_cli.py", "tests/optimizer/test_report_html.py", "tests/bench/test_modelled.py",
+    "tests/targets/test_openvino.py", "tests/targets/test_onnxruntime.py", "tests/targets/test_tensorrt_pieces.py",
+    "tests/targets/test_inductor.py",
 )  # fmt: skip
 """Whole commands, and whatever reads a file that lies beside the code."""
+AT_ONCE = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "loadfile")
 ROOMS = {"optimizer": "perwatt", "passes": "passes", "kernels": "kernels", "targets": "targets", "bench": "bench"}
 
 
@@ -73,7 +76,7 @@ def example() -> None:
 
 def test() -> None:
     """The tests, on the working tree: several files at a time, because they mostly wait for processes of their own."""
-    run(PYTHON, "-m", "pytest", "-n", str((os.cpu_count() or 1) + 1), "--dist", "loadfile", *sys.argv[2:])
+    run(PYTHON, "-m", "pytest", *AT_ONCE, *sys.argv[2:])
 
 
 def links() -> None:
@@ -110,7 +113,7 @@ def wheel() -> None:
     run(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built)
     where = f"import perwatt, sys; sys.exit(not perwatt.__file__.startswith({str(site)!r}))"
     run(PYTHON, "-c", where, PYTHONPATH=str(site))
-    run(PYTHON, "-m", "pytest", *WHEEL_TESTS, *sys.argv[2:], PYTHONPATH=str(site))
+    run(PYTHON, "-m", "pytest", *AT_ONCE, *WHEEL_TESTS, *sys.argv[2:], PYTHONPATH=str(site))
 
 
 TASKS = {"example": example, "test": test, "check": check, "links": links}
