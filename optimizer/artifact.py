@@ -168,6 +168,23 @@ def graphs_of(model: ir.Model) -> Iterator[Any]:
         yield from function.subgraphs()
 
 
+def external_files(path: Path) -> list[str]:
+    """Names of the files that the ONNX model at `path` says its weights are in, sorted; empty where it can't be read, which
+    whoever opens it tells with more words."""
+    import onnx_ir as ir
+
+    try:
+        graphs = list(graphs_of(ir.load(str(path))))
+    except Exception:
+        return []
+    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
+    tensors += [
+        attribute.value for graph in graphs for node in graph for attribute in node.attributes.values()
+        if attribute.type.name == "TENSOR"
+    ]  # fmt: skip
+    return sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
+
+
 def _weights(model: ir.Model) -> Iterator[Any]:
     """The tensor of every initializer, subgraphs included; one that several share comes several times."""
     for graph in graphs_of(model):
@@ -311,4 +328,13 @@ def copy_with_path(artifact: Artifact, path: Path) -> Artifact:
     return twin
 
 
-__all__ = ["Artifact", "Step", "copy_with_path", "freeze", "graphs_of", "model_digest", "read_signature"]
+__all__ = [
+    "Artifact",
+    "Step",
+    "copy_with_path",
+    "external_files",
+    "freeze",
+    "graphs_of",
+    "model_digest",
+    "read_signature",
+]

@@ -199,21 +199,9 @@ def external_weights(model: Path) -> list[str]:
             return []
     except InputError:
         return []
-    import onnx_ir as ir
+    from perwatt.artifact import external_files
 
-    from perwatt.artifact import graphs_of
-
-    try:
-        graphs = list(graphs_of(ir.load(str(model))))
-    except Exception:
-        # Whatever is wrong with it: reading the model says so, with more words.
-        return []
-    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    tensors += [
-        attribute.value for graph in graphs for node in graph for attribute in node.attributes.values()
-        if attribute.type.name == "TENSOR"
-    ]  # fmt: skip
-    return sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
+    return external_files(model)
 
 
 def _digest(path: Path) -> str | None:

@@ -289,6 +289,25 @@ def program_json(
     }
 
 
+def copy_model(path: Path, where: Path) -> None:
+    """The ONNX file `path` as `where`, its external data beside it."""
+    if path.with_name(path.name + ".data").exists():
+        import onnx_ir as ir
+
+        # The file names its data by the old name.
+        ir.save(ir.load(str(path)), str(where), external_data=f"{where.name}.data")
+    else:
+        shutil.copy(path, where)
+
+
+def copy_assets(assets: Sequence[Path], folder: Path) -> None:
+    """Tokenizer and preprocessor files into the bundle's `tokenizer/`, where there are any."""
+    if assets:
+        (folder / "tokenizer").mkdir()
+    for asset in assets:
+        shutil.copy(asset, folder / "tokenizer" / asset.name)
+
+
 def cache_folder(name: str) -> Path | None:
     """A folder of perwatt's in the user's cache folder; None where there is no home."""
     base = os.environ.get("XDG_CACHE_HOME")

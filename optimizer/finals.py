@@ -92,7 +92,7 @@ class Finals:
                     self.setup.timing,
                     effort,
                     share,
-                    self._hopeless,
+                    self.judge.hopeless,
                     conductor=self.setup.conductor,
                 )
                 return
@@ -106,11 +106,7 @@ class Finals:
     def _open_question(self, sides: dict[str, Side], winner: Candidate) -> bool:
         """Whether joules are worth their long windows: not where CPU seconds have decided against the winner already."""
         device = self.setup.conductor.device
-        return device != "cpu" or not self._hopeless(cost_ratio(sides["optimized"], sides["original"], device))
-
-    def _hopeless(self, cost: Ratio) -> bool:
-        """Whether the interval already excludes the least gain."""
-        return cost.low is not None and cost.low > 1 / (1 + self.judge.budget.min_gain)
+        return device != "cpu" or not self.judge.hopeless(cost_ratio(sides["optimized"], sides["original"], device))
 
     def close(self, sides: dict[str, Side]) -> None:
         """End these workers; torch eager's goes on to the next comparison, and its owner closes it."""

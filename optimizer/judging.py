@@ -8,6 +8,7 @@ from pathlib import Path
 from perwatt import metrics
 from perwatt.bench.statistics import percentile
 from perwatt.evaluation import Evaluation
+from perwatt.measurement import Ratio
 from perwatt.recipe import Budget
 from perwatt.sides import Side
 from perwatt.worker import load_outputs
@@ -54,6 +55,10 @@ class Judge:
         unit = " points" if judged_by is not None and judged_by.metric.unit == "fraction" else ""
         bound = f", {comparison.high:.2f} at the bound," if self.budget.prove_accuracy else ""
         return f"loses {comparison.drop:.2f}{unit}{bound} of {self.max_drop:g} allowed (n = {comparison.n})"
+
+    def hopeless(self, cost: Ratio) -> bool:
+        """Whether the interval of this cost, to the original's, already excludes the least gain."""
+        return cost.low is not None and cost.low > 1 / (1 + self.budget.min_gain)
 
     def too_late(self, p99_ms: float | None) -> bool:
         """Whether this p99 latency misses the budget."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -22,7 +21,7 @@ import numpy as np
 from perwatt import metrics, registry
 from perwatt import recipe as recipes
 from perwatt.artifact import Artifact
-from perwatt.bundle import LOCK, Bundle, digest_of, is_bundle, open_bundle, write_json, writing
+from perwatt.bundle import LOCK, Bundle, copy_assets, copy_model, digest_of, is_bundle, open_bundle, write_json, writing
 from perwatt.candidates import Branch
 from perwatt.contract import Tolerance
 from perwatt.drift import drift
@@ -53,10 +52,10 @@ def write_portable(
     plain = next(branch for branch in reversed(branches) if not branch.lossy)
     signature = prepared.source.signature
     with writing(out) as where:
-        _copy(plain.artifact.file(folder), where / "model.onnx")
+        copy_model(plain.artifact.file(folder), where / "model.onnx")
         (where / "variants").mkdir()
         for entry, artifact in made:
-            _copy(artifact.file(folder), where / entry["file"])
+            copy_model(artifact.file(folder), where / entry["file"])
         _save_check(pipeline, prepared, made, where)
         models = ["model.onnx", *(entry["file"] for entry, _ in made)]
         batch = operating_point(recipe).batch
@@ -64,10 +63,7 @@ def write_portable(
         if script is not None:
             (where / script[0]).write_text(script[1])
             (where / script[0]).chmod(0o755)
-        if prepared.reading.assets:
-            (where / "tokenizer").mkdir()
-        for asset in prepared.reading.assets:
-            shutil.copy(asset, where / "tokenizer" / asset.name)
+        copy_assets(prepared.reading.assets, where)
         variants = [entry for entry, _ in made]
         program = {"target": absent.target, "portable": True, "signature": asdict(signature), "variants": variants}
         write_json(where / "program.json", program)
@@ -125,16 +121,6 @@ def _variant(
     bound = comparison.high if math.isfinite(comparison.high) else None
     judged = {"drop": comparison.drop, "drop_high": bound, "permitted": permitted, "reason": words}
     return {**entry, **judged}, branch.artifact
-
-
-def _copy(path: Path, where: Path) -> None:
-    import onnx_ir as ir
-
-    if path.with_name(path.name + ".data").exists():
-        # The file names its data by the old name.
-        ir.save(ir.load(str(path)), str(where), external_data=f"{where.name}.data")
-    else:
-        shutil.copy(path, where)
 
 
 def _save_check(

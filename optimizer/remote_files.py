@@ -143,19 +143,7 @@ def _belonging(path: Path) -> Iterator[Path]:
 
 def _external_weights(path: Path) -> list[str]:
     """The files that an ONNX model says its weights are in; links out of its folder were refused when it was read."""
-    import onnx_ir as ir
+    from perwatt.artifact import external_files
 
-    from perwatt.artifact import graphs_of
-
-    try:
-        graphs = list(graphs_of(ir.load(str(path))))
-    except Exception:
-        # Whoever opens it says what is wrong with it.
-        return []
-    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    tensors += [
-        attribute.value for graph in graphs for node in graph for attribute in node.attributes.values()
-        if attribute.type.name == "TENSOR"
-    ]  # fmt: skip
-    found = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    return sorted(name for name in found if ".." not in PurePosixPath(name).parts and not Path(name).is_absolute())
+    found = external_files(path)
+    return [name for name in found if ".." not in PurePosixPath(name).parts and not Path(name).is_absolute()]

@@ -84,24 +84,18 @@ class Screening:
         if backend not in self._workers:
             self._workers[backend] = self.setup.worker(f"candidate on {backend}")
         side = self.setup.open(candidate.name, candidate, self._workers[backend])
-        self._judged(candidate, side)
+        self._judge(candidate, side)
         interleave(
-            [baseline, side], self.setup.timing, SCREENING, hopeless=self._hopeless, conductor=self.setup.conductor
+            [baseline, side], self.setup.timing, SCREENING, hopeless=self.judge.hopeless, conductor=self.setup.conductor
         )
         candidate.ratios = ratios(side, baseline)
         candidate.p99_ms = p99_ms(side)
 
-    def _judged(self, candidate: Candidate, side: Side) -> bool:
-        """Whether the candidate keeps its accuracy, as far as that is known."""
+    def _judge(self, candidate: Candidate, side: Side) -> None:
+        """Reject the candidate where it loses too much accuracy, as far as that is known."""
         candidate.drop = self.judge.drop_on_select(side)
-        if candidate.drop is None or not self.judge.too_much(candidate.drop):
-            return True
-        candidate.verdict, candidate.reason = "rejected", self.judge.drop_words(candidate.drop)
-        return False
-
-    def _hopeless(self, cost: Ratio) -> bool:
-        """Whether the interval already excludes the least gain."""
-        return cost.low is not None and cost.low > 1 / (1 + self.judge.budget.min_gain)
+        if candidate.drop is not None and self.judge.too_much(candidate.drop):
+            candidate.verdict, candidate.reason = "rejected", self.judge.drop_words(candidate.drop)
 
     # The original -----------------------------------------------------------------------------------------------
 
@@ -122,7 +116,7 @@ class Screening:
             side: Side | None = None
             try:
                 side = self.setup.open("original", candidate)
-                self._judged(candidate, side)
+                self._judge(candidate, side)
                 # What compiles may still not run.
                 side.prepare(self.setup.timing, SCREENING.warm_up_s)
                 return candidate, side, refused

@@ -114,6 +114,12 @@ class Allowed:
     p99_ms: float | None = None
     memory_bytes: int | None = None
 
+    def late_words(self, p99_ms: float | None) -> str:
+        """By what this p99 latency misses what is allowed; empty where it doesn't."""
+        if self.p99_ms is None or p99_ms is None or p99_ms <= self.p99_ms:
+            return ""
+        return f"p99 latency is {p99_ms:.2f} ms of {self.p99_ms:g} ms allowed"
+
 
 class Tuning:
     """One search. `open_at` lowers the program at a point, in a process of its own; `prepare` gives a side its calls."""
@@ -347,9 +353,9 @@ class Tuning:
         return trial
 
     def _why_not(self, trial: Trial, point: OperatingPoint, side: Side) -> str:
-        late, memory = p99_ms(side), trial.memory_bytes
-        if self.allowed.p99_ms is not None and late is not None and late > self.allowed.p99_ms:
-            return f"p99 latency is {late:.2f} ms of {self.allowed.p99_ms:g} ms allowed"
+        memory = trial.memory_bytes
+        if late := self.allowed.late_words(p99_ms(side)):
+            return late
         if self.allowed.memory_bytes is not None and memory is not None and memory > self.allowed.memory_bytes:
             return f"memory: {memory / 1e6:.0f} MB of {self.allowed.memory_bytes / 1e6:.0f} MB allowed"
         if self._slower(point):

@@ -113,9 +113,7 @@ def _trial(view: _View, base: _View, allowed: Allowed, refused: str) -> Trial:
     view.windows, base.windows = view.energy_windows, base.energy_windows
     if view is not base:
         trial.ratios = ratios(view, base)  # type: ignore[arg-type]
-    late = trial.figures["latency_p99_ms"]
-    if allowed.p99_ms is not None and late is not None and late > allowed.p99_ms:
-        trial.reason = f"p99 latency is {late:.2f} ms of {allowed.p99_ms:g} ms allowed"
+    trial.reason = allowed.late_words(trial.figures["latency_p99_ms"])
     return trial
 
 

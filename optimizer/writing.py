@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import math
 import platform
-import shutil
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from perwatt import recipe as recipes
 from perwatt import registry
-from perwatt.bundle import LOCK, Bundle, digest_of, program_json, write_json, writing
+from perwatt.bundle import LOCK, Bundle, copy_assets, copy_model, digest_of, program_json, write_json, writing
 from perwatt.candidates import cost_in, cost_of, gain_of
 from perwatt.compilation import Run, model_name
 from perwatt.datasets_fit import parse_normalization
@@ -36,7 +35,7 @@ def write_bundle(run: Run, out: Path) -> Bundle:
     winner = run.result.sides.get("optimized", run.result.sides["original"])
     with writing(out) as folder:
         artifact = run.result.winner.branch.artifact
-        _copy_model(run, folder)
+        copy_model(artifact.file(run.folder), folder / "model.onnx")
         backend = run.result.winner.backend
         target = registry.target(backend.name)
         deployed = winner.worker.call("save", folder=str(folder / target.name()))["files"]
@@ -47,7 +46,7 @@ def write_bundle(run: Run, out: Path) -> Bundle:
         script = target.script()
         if script is not None:
             (folder / "run.py").write_text(script)
-        _copy_assets(run, folder)
+        copy_assets(run.prepared.reading.assets, folder)
         (folder / "recipe.yaml").write_text(recipes.dump(resolved(run)))
         report = build_report(run, _sizes(run, winner, deployed))
         (folder / "report.json").write_text(report.model_dump_json(indent=2) + "\n")
@@ -76,24 +75,6 @@ def preprocessing(run: Run) -> dict[str, Any] | None:
     if found is None or found.raw:
         return {"normalize": normalize, "mean": None, "std": None}
     return {"normalize": normalize, "mean": list(found.mean), "std": list(found.std)}
-
-
-def _copy_model(run: Run, folder: Path) -> None:
-    path = run.result.winner.branch.artifact.file(run.folder)
-    shutil.copy(path, folder / "model.onnx")
-    data = path.with_name(path.name + ".data")
-    if data.exists():
-        # The file names its data by the old name.
-        import onnx_ir as ir
-
-        ir.save(ir.load(str(path)), str(folder / "model.onnx"), external_data="model.onnx.data")
-
-
-def _copy_assets(run: Run, folder: Path) -> None:
-    if run.prepared.reading.assets:
-        (folder / "tokenizer").mkdir()
-    for asset in run.prepared.reading.assets:
-        shutil.copy(asset, folder / "tokenizer" / asset.name)
 
 
 def _write_html(report: Report, folder: Path) -> None:
