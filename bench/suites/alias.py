@@ -1,6 +1,6 @@
 """Whether `--target cpu` picks the best backend: against every backend that the alias stands for, each at its own best.
 
-    python alias.py [--models mnist,…] [--scenarios single-stream,offline] [--backends …] [--time 20] [--reuse]
+    python alias.py [--models mnist,…] [--scenarios single-stream,offline] [--backends …] [--time 20] [--most 150] [--reuse]
 
 For each model (those in PERWATT_DATA, and the six of architectures.py) `perwatt.optimize` runs with the alias and with each
 backend named, every time with all passes and its own search for an operating point; then all bundles are measured side by
@@ -81,7 +81,8 @@ def run_case(
     for target in (ALIAS, *asked.backends):
         out = architectures.FOLDER / "bundles" / f"{name}-{scenario}-alias-{target.replace(':', '-')}"
         try:
-            bundles[target] = _optimized(model, target, out, scenario, options, asked.reuse)
+            limits = {"time": f"{asked.most:g}s"} if asked.most else {}
+            bundles[target] = _optimized(model, target, out, scenario, {**options, **limits}, asked.reuse)
         except perwatt.PerwattError as error:
             told["failed"][target] = str(error)
             print(f"{name}, {scenario}, {target}: {error}", file=sys.stderr, flush=True)
@@ -177,6 +178,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--scenarios", default=",".join(SCENARIOS))
     parser.add_argument("--backends", default=",".join(registry.serving(ALIAS)), help="to compare the alias with")
     parser.add_argument("--time", type=float, help="seconds to measure the bundles of one model side by side")
+    parser.add_argument("--most", type=float, help="seconds that each optimization may take (its `--time`)")
     parser.add_argument("--reuse", action="store_true", help="take bundles of earlier runs where they are there")
     options = parser.parse_args()
     for words, names in (("models", known), ("scenarios", SCENARIOS)):
