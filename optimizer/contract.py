@@ -51,6 +51,8 @@ class Capabilities:
 
     `floating_precisions`: what the backend can run floating point in, its own default first.
     `quantization_styles`: ordered, best liked first. `channel_multiples`: per type, the multiple of channels that pays.
+    `operators`: those of ONNX's young operators that the backend runs as one, no slower than their pieces (`Attention`,
+    `Swish`); passes put no others of that kind in.
     """
 
     isa: tuple[str, ...] = ()
@@ -59,6 +61,7 @@ class Capabilities:
     sparse_types: tuple[str, ...] = ()
     channel_multiples: dict[str, int] = field(default_factory=dict)
     quantization_styles: tuple[QuantizationStyle, ...] = ()
+    operators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class Pass(ABC):
     `tolerance` is how far it may move outputs, or None when accuracy decides. A pass with `isolated` set runs in the
     worker, because what it leans on may crash or hang. `in_default` puts it into the default pipeline, within its
     stage after those that `after` names; passes of the stage PRECISION are alternatives there, and the measured best
-    wins. A pass sees the target's capabilities only where it says `depends_on_target`: what the others make serves
-    every target.
+    wins. `also_after` puts it there once more, at the end of that stage, to tidy up what the stage left. A pass sees
+    the target's capabilities only where it says `depends_on_target`: what the others make serves every target.
     """
 
     stage: ClassVar[Stage]
@@ -113,6 +116,7 @@ class Pass(ABC):
     isolated: ClassVar[bool] = False
     in_default: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ()
+    also_after: ClassVar[Stage | None] = None
     depends_on_target: ClassVar[bool] = False
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:

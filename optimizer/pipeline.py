@@ -14,11 +14,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from perwatt.artifact import Artifact, model_digest
-from perwatt.contract import Capabilities, Context, Pass
+from perwatt.artifact import Artifact, graphs_of, model_digest
+from perwatt.contract import Capabilities, Context, Pass, Tolerance
 from perwatt.drift import Drift, drift
 from perwatt.errors import PerwattError
 from perwatt.signature import Batch, TensorSpec
+
+HALF_EPSILON = {"FLOAT16": 2.0**-10, "BFLOAT16": 2.0**-7}
+ROUNDINGS = 16
+"""Roundings of the type, of values as large as the outputs' RMS, that a pass may shift in a model that calculates in half."""
 
 Status = Literal["applied", "unchanged", "refused", "rolled-back", "not-chosen"]
 
@@ -139,7 +143,9 @@ class Pipeline:
         if after.digest() == before.digest():
             row.status = "unchanged"
             row.reason = "; ".join(row.changes) or "nothing to do on this model"
-            return before
+            # Types and shapes that it noted down are no change, and of use to the passes that follow.
+            noted = after is not given and (after.path is None or after.path != before.path)
+            return after if noted else before
         problems = [*self._interface(before, after), *made_by.ensures(given, after), *self._check(before, after)]
         if not problems:
             problems = self._drifted(before, after, made_by, row)
@@ -171,7 +177,7 @@ class Pipeline:
         if isinstance(new, str) or isinstance(old, str):
             row.reason = f"not verified numerically, accuracy decides: {new if isinstance(new, str) else old}"
             return [row.reason] if made_by.tolerance is not None and not isinstance(old, str) else []
-        measured = drift(old, new, made_by.tolerance)
+        measured = drift(old, new, _allowed(made_by.tolerance, before))
         row.drift = finite_drift(measured)
         if not isinstance(first, str):
             row.drift_from_original = finite_drift(drift(first, new, None))
@@ -187,6 +193,17 @@ class Pipeline:
             except PerwattError as error:
                 known[digest] = str(error)
         return known[digest]
+
+
+def _allowed(tolerance: Tolerance | None, artifact: Artifact) -> Tolerance | None:
+    """What a pass may move outputs by where the model calculates in half: no pass can round less than the type does. Exact
+    stays exact."""
+    if tolerance is None or tolerance == Tolerance(atol=0.0, rtol=0.0):
+        return tolerance
+    values = (value for graph in graphs_of(artifact.model) for node in graph for value in node.outputs)
+    kinds = {value.dtype.name for value in values if value.dtype is not None}
+    coarsest = max((eps for kind, eps in HALF_EPSILON.items() if kind in kinds), default=0.0)
+    return Tolerance(tolerance.atol, tolerance.rtol + ROUNDINGS * coarsest)
 
 
 def _fed(spec: TensorSpec) -> tuple[Any, ...]:

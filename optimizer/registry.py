@@ -166,7 +166,7 @@ def bind(step: PassStep) -> Pass:
 
 def default_steps(budget_and_training: bool = False) -> list[PassStep | OneOf]:
     """The default pipeline, assembled from what each pass says of itself: stage by stage, `after` respected, those of
-    the stage PRECISION as alternatives."""
+    the stage PRECISION as alternatives, at the end of a stage those that want to run once more after it."""
     classes = loadable_passes()
     chosen = {
         name: cls
@@ -179,7 +179,8 @@ def default_steps(budget_and_training: bool = False) -> list[PassStep | OneOf]:
         if stage is Stage.PRECISION and here:
             steps.append(OneOf(steps=[PassStep(name=name) for name in here]))
         else:
-            steps += [PassStep(name=name) for name in here]
+            again = {name: cls for name, cls in chosen.items() if cls.also_after is stage}
+            steps += [PassStep(name=name) for name in (*here, *_ordered(again))]
     return steps
 
 
@@ -245,13 +246,20 @@ def _without(steps: Sequence[PassStep | OneOf], name: str) -> list[PassStep | On
 
 
 def _with(steps: Sequence[PassStep | OneOf], name: str, cls: type[Pass]) -> list[PassStep | OneOf]:
-    """`name` put in before the first step of a later stage, or of its own stage that wants to come after it."""
+    """`name` put in before the first step that the default has behind it; one that is not in the default before the first
+    of a later stage, or of its own stage that wants to come after it."""
     result = list(steps)
+    order = [one.name for step in default_steps(True) for one in _alternatives(step)]
     for position, step in enumerate(result):
         if isinstance(step, OneOf) and cls.stage is Stage.PRECISION:
             result[position] = OneOf(steps=[*step.steps, PassStep(name=name)])
             return result
-        there = pass_class(_alternatives(step)[0].name)
+        first = _alternatives(step)[0].name
+        if name in order and first in order:
+            if order.index(first) > order.index(name):
+                return [*result[:position], PassStep(name=name), *result[position:]]
+            continue
+        there = pass_class(first)
         if there.stage > cls.stage or (there.stage is cls.stage and name in there.after):
             return [*result[:position], PassStep(name=name), *result[position:]]
     return [*result, PassStep(name=name)]

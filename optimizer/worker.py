@@ -103,8 +103,12 @@ class Session(MeterOperations):
         )
         made_by = registry.bind(PassStep(**step))
         after, changes = made_by.run(artifact, context)
-        path = model if after is artifact else str(after.file(folder))
-        return {"model": path, "changes": changes}
+        if after is artifact:
+            return {"model": model, "changes": changes}
+        # Types and shapes alone don't change the digest that files go by, and the old one may be open.
+        same = after.digest() == artifact.digest()
+        where = Path(folder) / f"{after.digest()[:24]}-annotated.onnx"
+        return {"model": str(after.save(where) if same else after.file(folder)), "changes": changes}
 
     # Targets ----------------------------------------------------------------------------------------------------
 

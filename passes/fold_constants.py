@@ -26,6 +26,7 @@ class FoldConstants(Pass):
 
     stage: ClassVar[Stage] = Stage.CLEAN
     in_default: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ("fold-shapes",)
     # Shape inference inside the folder is C++ of onnx, which has crashed on odd files.
     isolated: ClassVar[bool] = True
 

@@ -23,6 +23,7 @@ class RemoveDead(Pass):
     stage: ClassVar[Stage] = Stage.CLEAN
     in_default: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("fold-constants", "common-subexpression")
+    also_after: ClassVar[Stage | None] = Stage.FUSE
     tolerance: ClassVar[Tolerance | None] = Tolerance(atol=0.0, rtol=0.0)
 
     def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:

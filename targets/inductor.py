@@ -37,6 +37,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SYMMETRIC = QuantizationStyle("symmetric", "int8", "int8", activation_symmetric=True, weight_per_channel=True)
 ASYMMETRIC = QuantizationStyle("asymmetric-activations", "uint8", "int8", False, True)
 FLOAT8 = QuantizationStyle("float8", "float8_e4m3fn", "float8_e4m3fn", True, True)
+OPERATORS = ("Attention", "GroupNormalization", "RMSNormalization", "RotaryEmbedding", "Swish")
+"""The interpreter hands each to torch as one, which fuses them or has a kernel."""
 INTEGER_UNITS = {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"}
 BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16"}
 
@@ -210,6 +212,7 @@ def _capabilities_of_cpu() -> Capabilities:
         half_types=("bfloat16",) if halves else (),
         channel_multiples={"int8": 64, "bfloat16": 32, "float32": 16},
         quantization_styles=(SYMMETRIC, ASYMMETRIC) if INTEGER_UNITS & set(isa) else (),
+        operators=OPERATORS,
     )
 
 
@@ -227,6 +230,7 @@ def _capabilities_of_cuda() -> Capabilities:
         half_types=("bfloat16", "float16") if generation >= (8, 0) else ("float16",),
         channel_multiples={"int8": 16, "float8": 16, "bfloat16": 8, "float16": 8},
         quantization_styles=(*styles, FLOAT8) if generation >= (8, 9) else styles,
+        operators=OPERATORS,
     )
 
 

@@ -86,7 +86,8 @@ def test_a_run_with_data_ships_the_fastest_graph_within_the_budget(made) -> None
 def test_the_ledger_has_a_row_for_every_pass_with_drift_time_size_and_operators(made) -> None:
     report = made[0].report
     names = [entry["name"] for entry in report["passes"]]
-    assert names[0] == "read" and names[1:] == list(dict.fromkeys(names[1:]))
+    repeated = {name for name in names if names.count(name) > 1}
+    assert names[0] == "read" and repeated <= {"cancel-reshapes", "common-subexpression", "remove-dead"}
     assert {
         "fold-constants",
         "common-subexpression",

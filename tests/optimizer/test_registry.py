@@ -15,7 +15,20 @@ from perwatt.errors import InputError, PerwattError
 from perwatt.passes.quantize_int8 import QuantizeInt8
 from perwatt.recipe import OneOf, PassStep, parse
 
-SHIPPED = ["cast-half", "common-subexpression", "fold-batchnorm", "fold-constants", "quantize-int8", "remove-dead"]
+CLEAN = [
+    "fold-shapes", "fold-constants", "common-subexpression", "remove-dead", "simplify-arithmetic", "cancel-casts",
+    "cancel-transposes", "move-transposes", "unflatten-gemm", "cancel-reshapes",
+]  # fmt: skip
+TIDY = ["cancel-reshapes", "common-subexpression", "remove-dead"]
+"""What runs once more after fusing."""
+PRECISION = ("cast-half", "quantize-int8")
+NOT_BY_DEFAULT = ["merge-convolutions", "merge-projections"]
+
+
+def fuse():
+    """The names of all passes that fuse by default, in their order."""
+    names = plain(registry.default_steps())
+    return names[len(CLEAN) : -len(TIDY) - 1]
 
 
 def plain(steps):
@@ -23,9 +36,9 @@ def plain(steps):
     return [tuple(s.name for s in step.steps) if isinstance(step, OneOf) else step.name for step in steps]
 
 
-def fake(name, stage=Stage.CLEAN, after=(), in_default=True):
+def fake(name, stage=Stage.CLEAN, after=(), in_default=True, also_after=None):
     """A class that says no more of itself than the registry asks."""
-    return SimpleNamespace(name=name, stage=stage, after=after, in_default=in_default)
+    return SimpleNamespace(name=name, stage=stage, after=after, in_default=in_default, also_after=also_after)
 
 
 @pytest.fixture
@@ -65,7 +78,7 @@ def test_every_file_without_an_underscore_is_one(kind, package):
 
 
 def test_what_is_shipped_is_there_and_bears_its_file_s_name():
-    assert set(SHIPPED) <= set(registry.names("passes"))
+    assert {*CLEAN, *PRECISION, *NOT_BY_DEFAULT, "fold-batchnorm", "fuse-gelu"} <= set(registry.names("passes"))
     assert {"null", "openvino"} <= set(registry.names("targets"))
     for name in registry.names("passes"):
         cls = registry.pass_class(name)
@@ -159,7 +172,7 @@ def test_settings_become_the_fields_of_the_pass():
     made = registry.bind(PassStep(name="quantize-int8", settings={"exclude": ["/a/*"], "subset_size": 10}))
     assert made == QuantizeInt8(exclude=("/a/*",), subset_size=10)
     assert registry.bind(PassStep(name="quantize-int8", settings=made.settings())) == made
-    for name in SHIPPED:
+    for name in registry.names("passes"):
         assert registry.bind(PassStep(name=name)) == registry.pass_class(name)()
 
 
@@ -208,9 +221,26 @@ def test_settings_may_be_required_or_made_by_a_factory(monkeypatch):
 
 
 def test_the_default_is_clean_fuse_and_the_precision_to_choose():
-    assert plain(registry.default_steps()) == [
-        "fold-constants", "common-subexpression", "remove-dead", "fold-batchnorm", ("cast-half", "quantize-int8"),
+    steps = plain(registry.default_steps())
+    assert steps[: len(CLEAN)] == CLEAN
+    assert steps[-len(TIDY) - 1 :] == [*TIDY, PRECISION]
+    fusing = [name for name in registry.names("passes") if registry.pass_class(name).stage is Stage.FUSE]
+    assert sorted(fuse()) == [name for name in fusing if name not in NOT_BY_DEFAULT]
+
+
+def test_what_fuses_finds_what_it_needs_done():
+    order = fuse()
+    before = [
+        ("remove-softmax-guards", "fuse-attention"), ("fuse-rotary-embedding", "fuse-attention"),
+        ("fuse-attention", "flatten-attention"), ("fuse-attention", "decompose-attention"),
+        ("fuse-rms-normalization", "fold-scales"), ("fold-batchnorm", "fold-scales"), ("fuse-gelu", "fold-scales"),
     ]  # fmt: skip
+    assert [pair for pair in before if order.index(pair[0]) > order.index(pair[1])] == []
+
+
+def test_a_pass_that_tidies_up_runs_once_more_after_the_stage_it_names(only):
+    only(fake("a", also_after=Stage.FUSE), fake("b", Stage.FUSE), fake("c", also_after=Stage.FUSE, in_default=False))
+    assert plain(registry.default_steps()) == ["a", "b", "a"]
 
 
 def test_stages_come_in_order_and_after_is_respected_within_them(only):
@@ -231,21 +261,20 @@ def test_passes_that_wait_for_each_other_are_an_error(only):
 @pytest.mark.parametrize(
     ("edits", "result"),
     [
-        ("-quantize-int8", ["fold-constants", "common-subexpression", "remove-dead", "fold-batchnorm", ("cast-half",)]),
-        ("-quantize-int8,-cast-half", ["fold-constants", "common-subexpression", "remove-dead", "fold-batchnorm"]),
-        ("-fold-batchnorm, -remove-dead", ["fold-constants", "common-subexpression", ("cast-half", "quantize-int8")]),
+        ("-quantize-int8", [*CLEAN, ..., *TIDY, ("cast-half",)]),
+        ("-quantize-int8,-cast-half", [*CLEAN, ..., *TIDY]),
+        ("-fold-constants, -remove-dead", [*sorted({*CLEAN} - {"fold-constants", "remove-dead"}, key=CLEAN.index), ...,
+                                           *TIDY[:2], PRECISION]),
         ("fold-batchnorm,cast-half", ["fold-batchnorm", "cast-half"]),
-        (
-            "+remove-dead",
-            ["fold-constants", "common-subexpression", "remove-dead", "fold-batchnorm", ("cast-half", "quantize-int8")],
-        ),
+        ("+remove-dead", [*CLEAN, ..., *TIDY, PRECISION]),
     ],
-)
+)  # fmt: skip
 def test_plus_and_minus_edit_and_plain_names_replace(edits, result):
-    assert plain(registry.edit_steps(registry.default_steps(), edits)) == result
+    wanted = [name for part in result for name in (fuse() if part is ... else [part])]
+    assert plain(registry.edit_steps(registry.default_steps(), edits)) == wanted
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "cast-half"])
+@pytest.mark.parametrize("name", ["fold-shapes", "fuse-gelu", "fold-batchnorm", "fuse-attention", "quantize-int8"])
 def test_what_is_taken_out_and_put_in_again_stands_where_it_stood(name):
     steps = registry.default_steps()
     assert plain(registry.edit_steps(steps, f"-{name},+{name}")) == plain(steps)
