@@ -117,6 +117,9 @@ def _credit(row: Row, about: Sequence[Candidate]) -> None:
 def _not_chosen(row: Row, winner: Candidate, about: Sequence[Candidate]) -> Row:
     if row.status != "applied":
         return row
+    if registry.pass_class(row.name).tolerance is not None:
+        # One pass among many: the verdict is on all of them, and stands at the top of the report.
+        return replace(row, status="not-chosen", reason="the original graph ships")
     best = min((c for c in about if c.reason), key=cost_of, default=None)
     return replace(row, status="not-chosen", reason=best.reason if best else f"{winner.name} is better")
 

@@ -25,6 +25,8 @@ def one_pass(name: str) -> dict[str, Any]:
     return {
         **_summary(name, cls),
         "documentation": inspect.cleandoc(_module_doc(cls)),
+        "after": list(cls.after),
+        "again_after": cls.also_after.name.lower() if cls.also_after is not None else None,
         "settings": settings,
         "settings_documentation": inspect.getdoc(cls),
         "tolerance": tolerance,
@@ -59,8 +61,12 @@ def as_text(entry: dict[str, Any] | list[dict[str, Any]]) -> str:
         )
     tolerance = entry["tolerance"]
     promise = f"max|Δ| ≤ {tolerance['atol']:g} + {tolerance['rtol']:g} · RMS" if tolerance else "none: accuracy decides"
-    settings = [f"  {name}: {value!r}" for name, value in entry["settings"].items()] or ["  none"]
+    settings = [f"  {name}: {value!r}" for name, value in entry["settings"].items()]
+    told = ["", "Settings and defaults:", *settings, "", entry["settings_documentation"] or ""] if settings else []
+    order = f"after {', '.join(entry['after'])}" if entry["after"] else "in any order within its stage"
+    again = f", and once more at the end of the stage {entry['again_after']}" if entry["again_after"] else ""
+    runs = f"Runs by default: {order}{again}." if entry["default"] else f"Not by default: --passes +{entry['name']}."
     return "\n".join(
-        [f"{entry['name']} ({entry['stage']})", "", entry["documentation"], "", "Settings and defaults:", *settings, "",
-         entry["settings_documentation"] or "", "", f"Tolerance: {promise}"]
+        [f"{entry['name']} (stage {entry['stage']})", "", entry["documentation"], *told, "", runs,
+         f"Tolerance, for each output over the checking samples, against what went in: {promise}"]
     )  # fmt: skip

@@ -84,7 +84,7 @@ BUDGET: list[Decorator] = [
         "--passes",
         metavar="LIST",
         shell_complete=complete_pass,
-        help="default, a list in order, or edits: +prune-channels,-quantize-int8.",
+        help="default, a list in order, or edits: +merge-projections,-quantize-int8. Settings go into a recipe (optimize init).",
     ),
 ]
 SCENARIO: list[Decorator] = [

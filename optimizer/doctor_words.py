@@ -121,6 +121,7 @@ def capabilities(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ("half types", ", ".join(found["half_types"])),
         ("sparse types", ", ".join(found["sparse_types"])),
         ("int8", ", ".join(style["name"] for style in found["quantization_styles"])),
+        ("whole operators", ", ".join(found["operators"])),
         ("channel multiples", ", ".join(f"{n} in {kind}" for kind, n in found["channel_multiples"].items())),
         ("instruction sets", ", ".join(found["isa"])),
     ]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         SideFigures,
     )
 
-SYMBOLS = {"applied": "✓", "unchanged": "–", "refused": "✗", "rolled-back": "✗", "not-chosen": "✗"}
+SYMBOLS = {"applied": "✓", "unchanged": "–", "refused": "–", "rolled-back": "✗", "not-chosen": "✗"}
 STATUS_WORDS = {"rolled-back": "rolled back", "not-chosen": "not chosen"}
 FIGURE_WORDS = {
     "throughput_per_watt": "inferences per joule",
@@ -55,6 +55,7 @@ FIGURE_WORDS = {
 }
 DROPS = ("drop", "accuracy_drop")
 CHANGES_SHOWN = 3
+NOTHING = "nothing to do on this model"
 
 
 def gain(figures: RatioFigures, energy: bool) -> tuple[RatioFigure, str]:
@@ -138,13 +139,20 @@ def pass_words(row: PassReport, every_change: bool = False, unit: str = "") -> s
     """What a pass did and what it brought, or why it did not; `unit` is that of a drop in accuracy."""
     reason = plain(row.reason) if row.reason else ""
     if row.status not in ("applied", "unchanged"):
-        return f"{STATUS_WORDS.get(row.status, row.status)}: {reason or 'no reason recorded'}{_brought(row, unit)}"
+        why = f"{STATUS_WORDS.get(row.status, row.status)}: {reason or 'no reason recorded'}{_brought(row, unit)}"
+        return f"{why} (it did: {_did(row, every_change)})" if row.changes else why
     if row.status == "unchanged":
-        return reason or "nothing to do on this model"
-    shown = row.changes if every_change else row.changes[:CHANGES_SHOWN]
-    more = len(row.changes) - len(shown)
-    did = "; ".join([*map(plain, shown), *([f"and {more} more"] if more else [])]) or "applied"
-    return did + (f" ({reason})" if reason else "") + _brought(row, unit)
+        return reason or NOTHING
+    return (_did(row, every_change) or "applied") + (f" ({reason})" if reason else "") + _brought(row, unit)
+
+
+def _did(row: PassReport, every_change: bool) -> str:
+    """What a pass changed, the most telling first: its first words, what it left and why, how many nodes there are now."""
+    first, rest = row.changes[:1], row.changes[1:]
+    told = [*first, *sorted(rest, key=lambda text: 0 if " left: " in text else 1 if " nodes: " in text else 2)]
+    shown = told if every_change else told[:CHANGES_SHOWN]
+    more = len(told) - len(shown)
+    return "; ".join([*map(plain, shown), *([f"and {more} more"] if more else [])])
 
 
 def _brought(row: PassReport, unit: str) -> str:

@@ -41,6 +41,8 @@ ASCII = str.maketrans({
 })  # fmt: skip
 
 
+IDLE_TOGETHER = 4
+"""From so many passes on that found nothing to do, one line stands for them all."""
 WARNING = "warning: "
 """Notes that begin so stand right under the headline: the figures below may not mean what they seem to."""
 
@@ -64,6 +66,11 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
         out.section("Accuracy", words.accuracy_words(report.accuracy))
         out.gap()
     out.show(_ledger(report.passes, words.drop_unit(report), verbose))
+    broken = [row.name for row in report.passes if row.status == "rolled-back"]
+    if broken:
+        out.line(
+            f"rolled back, because they broke their promise on this model: {plain(', '.join(broken))}", "bold yellow"
+        )
     out.gap()
     out.section("Joules", words.joules_words(report))
     out.section("Ratios", words.point_words(report))
@@ -175,13 +182,17 @@ def new_table(*titles: str) -> Table:
 
 
 def _ledger(passes: list[PassReport], unit: str, verbose: bool) -> Table:
-    grid = _grid((1, max((len(row.name) for row in passes), default=1), 0))
-    for row in passes:
+    idle = [row for row in passes if row.status == "unchanged" and row.reason in (None, words.NOTHING)]
+    told = passes if verbose or len(idle) < IDLE_TOGETHER else [row for row in passes if row not in idle]
+    grid = _grid((1, max((len(row.name) for row in told), default=1), 0))
+    for row in told:
         symbol = words.SYMBOLS[row.status]
         text = words.pass_words(row, every_change=verbose, unit=unit)
         grid.add_row(as_text(symbol, STYLES[symbol]), as_text(plain(row.name), "bold"), as_text(text))
         if verbose:
             grid.add_row("", "", as_text(_pass_details(row), "dim"))
+    if len(told) < len(passes):
+        grid.add_row("–", f"{len(passes) - len(told)} more", f"had {words.NOTHING} (-v names them)")
     if not passes:
         grid.add_row("–", "", "no passes were run")
     return grid

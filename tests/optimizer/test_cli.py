@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -263,7 +264,10 @@ def test_passes_and_targets_are_listed_with_their_pages(call) -> None:
     for name in registry.names("passes"):
         assert re.search(rf"^{name} +\w+", listed.stdout, re.MULTILINE)
         page = call("passes", name)
-        assert page.returncode == 0 and "Settings and defaults:" in page.stdout and "Tolerance:" in page.stdout
+        assert page.returncode == 0 and "Tolerance, for each output" in page.stdout
+        cls = registry.pass_class(name)
+        assert ("Runs by default: " in page.stdout) is cls.in_default
+        assert ("Settings and defaults:" in page.stdout) is bool(dataclasses.fields(cls))
         assert json.loads(call("passes", name, "--json").stdout)["name"] == name
     assert {entry["name"] for entry in json.loads(call("passes", "--json").stdout)} == set(registry.names("passes"))
     assert_one_line_error(call("passes", "fold-batchnrm"), 2, "fold-batchnorm")
