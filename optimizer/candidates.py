@@ -44,6 +44,7 @@ class Candidate:
     ratios: dict[str, Ratio] = field(default_factory=dict)
     drop: metrics.Comparison | None = None
     p99_ms: float | None = None
+    memory_bytes: int | None = None
 
     @property
     def name(self) -> str:

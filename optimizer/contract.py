@@ -36,13 +36,15 @@ Scenario = Literal["single-stream", "offline", "server"]
 
 @dataclass(frozen=True)
 class QuantizationStyle:
-    """One way in which a backend likes to see quantization in the graph."""
+    """One way in which a backend likes to see quantization in the graph. `unsigned_activations`: those that are never
+    negative may have an unsigned type, which resolves them twice as finely."""
 
     name: str
     activation_type: str
     weight_type: str
     activation_symmetric: bool
     weight_per_channel: bool
+    unsigned_activations: bool = True
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,10 @@ class Finals:
         sides: dict[str, Side] = {}
         try:
             sides["original"] = self.setup.open("original", baseline)
-            elsewhere = winner.point != baseline.point or winner.backend != baseline.backend
+            there = _at_point(baseline, winner)
+            elsewhere = there.point != baseline.point or there.backend != baseline.backend
             if winner.branch is not baseline.branch and elsewhere:
-                self._beside(
-                    sides, AT_POINT, lambda: self.setup.open(AT_POINT, replace(winner, branch=baseline.branch))
-                )
+                self._beside(sides, AT_POINT, lambda: self.setup.open(AT_POINT, there))
             if self.eager is not None:
                 self._beside(sides, EAGER, self._warm_eager)
             if winner is not baseline:
@@ -156,6 +155,15 @@ class Finals:
         graph = gain_over(sides, AT_POINT, candidate).value or 1.0
         point = cost_in(ratios(sides[AT_POINT], sides["original"]), candidate.backend).inverse().value or 1.0
         return f"{words}: {graph:.2f}× by the graph, {point:.2f}× by the operating point"
+
+
+def _at_point(baseline: Candidate, winner: Candidate) -> Candidate:
+    """The original where and how the winner runs, but in its own floating precision: what int8 leaves in float32 would be
+    the whole original, which nobody runs like that."""
+    point = winner.point
+    if winner.backend == baseline.backend:
+        point = replace(point, floating_precision=baseline.point.floating_precision)
+    return replace(winner, branch=baseline.branch, point=point)
 
 
 def gain_over(sides: dict[str, Side], base: str, candidate: Candidate) -> Ratio:

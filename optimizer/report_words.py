@@ -235,7 +235,8 @@ def point_words(report: Report) -> list[str]:
         return [f"{with_interval(best)} {name}, all of it by the operating point: the graph is the original's own"]
     said = [
         f"{with_interval(best)} {name}, each side at its own operating point (the headline)",
-        f"{with_interval(graph)} {name}, both sides at the shipped operating point (the graph's share)",
+        f"{with_interval(graph)} {name}, both sides at the shipped operating point, each in its floating precision "
+        "(the graph's share)",
     ]
     if report.ratio_point is not None:
         point, _ = gain(report.ratio_point, energy)

@@ -90,6 +90,7 @@ class Screening:
         )
         candidate.ratios = ratios(side, baseline)
         candidate.p99_ms = p99_ms(side)
+        candidate.memory_bytes = side.note_memory()
 
     def _judge(self, candidate: Candidate, side: Side) -> None:
         """Reject the candidate where it loses too much accuracy, as far as that is known."""
@@ -152,9 +153,14 @@ class Screening:
                     )
         usable = [o for o in others if o.ratios and o.verdict != "rejected" and not self.judge.too_late(o.p99_ms)]
         best = min(usable, key=cost_of, default=None)
-        first.p99_ms = p99_ms(side)
+        first.p99_ms, first.memory_bytes = p99_ms(side), side.note_memory()
         in_time = not self.judge.too_late(first.p99_ms)
-        if best is None or (permitted and in_time and not self._better(best, first)):
+        fits = not self.judge.too_big(first.memory_bytes)
+        if not fits:
+            # A process that held others before has the highest memory of them all: one that fits in spite of it does.
+            best = min((o for o in usable if not self.judge.too_big(o.memory_bytes)), key=cost_of, default=best)
+            fits = best is None or self.judge.too_big(best.memory_bytes)
+        if best is None or (permitted and in_time and fits and not self._better(best, first)):
             return first, side, [first, *refused, *others]
         side.close()
         theirs = "the backend's default" if best.backend == first.backend else first.backend.name
@@ -163,6 +169,8 @@ class Screening:
             why = f"{theirs} loses too much accuracy"
         elif not in_time:
             why = f"{theirs} is too slow for the latency allowed"
+        elif not fits:
+            why = f"{theirs} takes more memory than allowed"
         where = "" if best.backend.alone else f"{best.backend.name}, "
         self.notes.append(f"the original runs in {where}{best.point.floating_precision}: {why}")
         best.reason = why

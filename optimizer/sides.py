@@ -115,9 +115,11 @@ class Side:
         """Wait until the process is idle."""
         self.worker.call("settle")
 
-    def note_memory(self) -> None:
-        """Keep the highest resident memory of this side's process so far: inference, before anything else is asked."""
+    def note_memory(self) -> int | None:
+        """Keep and tell the highest resident memory of this side's process so far, in bytes: inference, before anything
+        else is asked."""
         self.peak_memory_bytes = self.worker.call("memory")["peak_memory_bytes"]
+        return self.peak_memory_bytes
 
     def saved_bytes(self, folder: Path) -> int:
         """Bytes of what this side deploys, saved into `folder`."""

@@ -227,6 +227,8 @@ def _details(out: Output, report: Report) -> None:
 def _deployment(out: Output, report: Report, bundle: Path) -> None:
     in_python, alone = words.deploy_words(bundle)
     kept = " (the best so far)" if report.outcome == "budget_not_met" else ""
+    said = [f"{name} {value}" for name, value in words.operating_point_words(report.optimized)]
+    out.line(f"Runs with: {plain(', '.join(said))}")
     out.whole(f"Bundle{kept}: {plain(bundle)}")
     out.whole(f"  in Python:        {in_python}")
     out.whole(f"  without perwatt:  {alone}")

@@ -34,7 +34,7 @@ class CastHalf(Pass):
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         if "bfloat16" not in context.capabilities.half_types:
-            yield "this hardware has no bfloat16 arithmetic"
+            yield "this backend has no bfloat16 arithmetic here"
         if artifact.model.opset_imports.get("", 0) < 22:
             yield f"bfloat16 convolutions need opset 22, this model is opset {artifact.model.opset_imports.get('', 0)}"
         counts = artifact.operator_counts()

@@ -18,9 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from perwatt.artifact import Artifact
 from perwatt.contract import Context, Pass, Stage, Tolerance
 from perwatt.errors import PassError
+from perwatt.fusion import remove_unused
 from perwatt.signature import split
 
 TRANSFORMER_MARKS = ("Attention", "LayerNormalization")
@@ -83,6 +86,9 @@ class QuantizeInt8(Pass):
         # NNCF leaves names and value types of its own; a round trip through bytes makes it a model like any other.
         model = ir.from_proto(onnx.load_from_string(quantized.SerializeToString()))
         model.metadata_props.clear()
+        if not context.capabilities.quantization_styles[0].unsigned_activations:
+            _sign(model.graph)
+            remove_unused(model)
         pairs = sum(1 for node in model.graph if node.op_type == "DequantizeLinear")
         if not pairs:
             return artifact, ["nothing was found worth quantizing"]
@@ -108,6 +114,33 @@ def _calls(artifact: Artifact, samples: Any) -> list[dict[str, Any]]:
         return list(samples)
     size = batch if isinstance(batch, int) else 1
     return [piece for chunk in samples for piece, _ in split(chunk, size)]
+
+
+def _sign(graph: Any) -> None:
+    """Give unsigned activations a signed type and twice the scale: NNCF can't be told to, and some backends take no other.
+    Their zero point is 0, so the range stays and half of the new type's is left empty."""
+    import onnx_ir as ir
+
+    signed: dict[str, Any] = {}
+    for node in graph:
+        zero = (
+            node.inputs[2] if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.inputs) > 2 else None
+        )
+        if zero is None or zero.const_value is None or zero.const_value.dtype.name != "UINT8":
+            continue
+        if zero.const_value.numpy().any():
+            raise PassError("this backend takes no unsigned activations, and these have zero points")
+        scale = node.inputs[1].const_value.numpy()
+        arrays = (node.inputs[1], scale * np.asarray(255 / 127, scale.dtype)), (zero, np.zeros(zero.shape, np.int8))
+        for position, (value, array) in enumerate(arrays, start=1):
+            name = f"{value.name}_signed"
+            if name not in signed:
+                signed[name] = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+                signed[name].shape, signed[name].dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+                graph.register_initializer(signed[name])
+            node.replace_input_with(position, signed[name])
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].dtype = ir.DataType.INT8
 
 
 def _name_nodes(graph: Any) -> None:

@@ -19,6 +19,7 @@ CPU = "CPUExecutionProvider"
 
 ASYMMETRIC = QuantizationStyle("asymmetric-activations", "uint8", "int8", False, True)
 SYMMETRIC = QuantizationStyle("symmetric", "int8", "int8", activation_symmetric=True, weight_per_channel=True)
+SIGNED = QuantizationStyle("symmetric", "int8", "int8", True, True, unsigned_activations=False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ PROVIDERS = {
         behind=("CUDAExecutionProvider",),
         memory="cuda",
         half_types=("float16", "bfloat16"),
-        styles=(SYMMETRIC,),
+        styles=(SIGNED,),
     ),
     "migraphx": Provider(
         "MIGraphXExecutionProvider",

@@ -84,7 +84,8 @@ class TensorRT(Target):
 
     def _of(self, capability: tuple[int, int]) -> Capabilities:
         ampere = capability >= (8, 0)
-        styles = [QuantizationStyle("symmetric", "int8", "int8", activation_symmetric=True, weight_per_channel=True)]
+        # TensorRT takes no unsigned ones.
+        styles = [QuantizationStyle("symmetric", "int8", "int8", True, True, unsigned_activations=False)]
         if capability >= (8, 9):
             styles.append(QuantizationStyle("float8", "float8_e4m3fn", "float8_e4m3fn", True, weight_per_channel=False))
         return Capabilities(

@@ -167,7 +167,7 @@ def test_agrees_to_whoever_can_run_it():
 
 
 def test_refuses_hardware_without_bfloat16():
-    assert ask(CastHalf(), conv_net(), context(half=())) == ["this hardware has no bfloat16 arithmetic"]
+    assert ask(CastHalf(), conv_net(), context(half=())) == ["this backend has no bfloat16 arithmetic here"]
 
 
 def test_refuses_opsets_without_bfloat16_convolutions():

@@ -1,10 +1,25 @@
 """`quantize-int8`: real NNCF on tiny nets; pairs where they belong, exclusions kept, equal seeds give equal models."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import ASYMMETRIC, ask, build, context, conv_net, feed, inner_types, node, outputs, transformer, weight
+from models import (
+    ASYMMETRIC,
+    SYMMETRIC,
+    ask,
+    build,
+    context,
+    conv_net,
+    feed,
+    inner_types,
+    node,
+    outputs,
+    transformer,
+    weight,
+)
 
 from perwatt.artifact import Artifact
 from perwatt.data import Samples
@@ -51,6 +66,23 @@ def test_outputs_stay_near():
     batch = feed(before, items=16)
     old, new = outputs(before, batch)["y"], outputs(after, batch)["y"]
     assert np.corrcoef(old.ravel(), new.ravel())[0, 1] > 0.97
+
+
+def test_backends_without_unsigned_types_get_signed_ones_over_the_same_range():
+    before = conv_net(width=4)
+    data = samples(before)
+    unsigned, _ = quantized(before, context(data, styles=(SYMMETRIC,)))
+    signed, _ = quantized(before, context(data, styles=(replace(SYMMETRIC, unsigned_activations=False),)))
+    kinds = [{v.const_value.dtype.name for v in zero_points(a)} for a in (unsigned, signed)]
+    assert kinds == [{"INT8", "UINT8"}, {"INT8"}]
+    batch = feed(before, items=16)
+    exact, coarse, fine = (outputs(a, batch)["y"].ravel() for a in (before, signed, unsigned))
+    assert np.corrcoef(exact, coarse)[0, 1] > 0.97 and not np.array_equal(coarse, fine)
+
+
+def zero_points(artifact):
+    """The zero points of all quantized activations."""
+    return [n.inputs[2] for n in artifact.model.graph if n.op_type == "QuantizeLinear"]
 
 
 def test_weights_have_a_scale_for_each_channel():
