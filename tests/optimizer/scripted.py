@@ -99,8 +99,9 @@ class ScriptedSide:
     def load(self) -> None:
         """A program that is scripted needs no loading."""
 
-    def note_memory(self) -> None:
+    def note_memory(self) -> int | None:
         self.peak_memory_bytes = self.play.memory_bytes
+        return self.peak_memory_bytes
 
     def close(self) -> None:
         self.closed = True

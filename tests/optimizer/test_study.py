@@ -474,6 +474,20 @@ def test_a_first_backend_that_compiles_and_does_not_run_makes_room_for_the_next(
     )
 
 
+def test_a_backend_that_takes_too_much_memory_gives_way_to_one_that_fits(stage: Stage) -> None:
+    stage.backends, stage.budget = ("first", "second"), Budget(memory=1_000_000, max_drop=1)
+    stage.script = {
+        ("source", "first f32"): Play(1.0, memory_bytes=2_000_000),
+        ("source", "second f32"): Play(1.5, memory_bytes=900_000),
+    }
+    result = stage.run()
+    assert (result.outcome, result.winner.backend.name) == ("unchanged", "second")
+    assert "the original runs in second, f32: first takes more memory than allowed" in result.notes
+    stage.script[("source", "second f32")] = Play(1.5, memory_bytes=1_900_000)
+    result = stage.run()
+    assert (result.outcome, result.winner.backend.name) == ("budget_not_met", "first")
+
+
 def test_without_samples_no_lower_precision_than_the_backends_own_is_tried(stage: Stage) -> None:
     stage.precisions, stage.labelled = ("f32", "bf16"), False
     stage.script = {("source", "bf16"): Play(0.4), ("clean", "bf16"): Play(0.3)}

@@ -112,7 +112,10 @@ def test_ratio_and_ratio_graph_are_two_figures_each_with_its_name() -> None:
     text = shown(a_report(ratio_graph=ratios(1.4)), width=180)
     best, graph = "1.62× [1.58, 1.66] inferences per joule", "1.40× [1.36, 1.44] inferences per joule"
     assert f"{best}, each side at its own operating point (the headline)" in text
-    assert f"{graph}, both sides at the shipped operating point, each in its floating precision (the graph's share)" in text
+    assert (
+        f"{graph}, both sides at the shipped operating point, each in its floating precision (the graph's share)"
+        in text
+    )
     point = shown(a_report(ratio_graph=ratios(1.4), ratio_point=ratios(1.16)), width=140)
     assert "1.16× [1.12, 1.20] inferences per joule, the original's graph at the two points" in point
     alone = shown(a_report(ratio_graph=ratios(1.0), ratio_point=ratios(1.62)), width=140)
