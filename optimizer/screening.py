@@ -207,13 +207,14 @@ class Screening:
     # Candidates -------------------------------------------------------------------------------------------------
 
     def worth_it(self, baseline: Candidate, originals: Sequence[Candidate]) -> list[Backend]:
-        """The backends that are not far behind with the original; those that refuse it are out."""
+        """The backends that are not far behind with the original, the one that it runs best on first: time may run out.
+        Those that refuse it are out."""
         kept = []
         for backend in self.backends:
             costs = [1.0 if c is baseline else cost_of(c) for c in originals if c.backend == backend]
             if min(costs, default=float("inf")) <= FAR_BEHIND:
                 kept.append(backend)
-        return kept
+        return sorted(kept, key=lambda backend: backend != baseline.backend)
 
     def candidates(
         self, branches: dict[str, list[Branch]], baseline: Candidate, originals: Sequence[Candidate]
