@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
 from perwatt import metrics
+from perwatt.bench.machine import disturbance
 from perwatt.candidates import Candidate, cost_in, enough, no_gain_text, ratio_text
 from perwatt.errors import BackendError
 from perwatt.judging import Judge, p99_ms
@@ -19,6 +21,7 @@ ENERGY_BLOCKS = 2
 AT_POINT, EAGER = "original at the same point", "torch eager"
 BESIDE = (AT_POINT, EAGER)
 """Sides that tell something besides: where one of them fails, the comparison goes on without it."""
+DISTURBED = "warning: this run was disturbed, so latencies and rates may not hold on a quiet machine: "
 
 Verdict = tuple[str | None, metrics.Comparison | None, metrics.Score | None]
 
@@ -50,6 +53,7 @@ class Finals:
                 self.measure_energy(sides)
             for side in sides.values():
                 side.note_memory()
+            self._note_disturbance(sides)
         except BaseException:
             self.close(sides)
             raise
@@ -60,6 +64,13 @@ class Finals:
         left = [[side] for side in sides.values() if not side.energy_windows]
         if left:
             run_energy_blocks(left, ENERGY_BLOCKS, self.setup.conductor)
+
+    def _note_disturbance(self, sides: dict[str, Side]) -> None:
+        """Say so where the last comparison, which the report's figures come from, was not alone on the machine."""
+        windows = [window for side in sides.values() for window in side.windows]
+        reasons = disturbance(windows, os.cpu_count() or 1)
+        kept = [note for note in self.notes if not note.startswith(DISTURBED)]
+        self.notes[:] = [*kept, *([DISTURBED + "; ".join(reasons)] if reasons else [])]
 
     def _beside(self, sides: dict[str, Side], label: str, opened: Callable[[], Side]) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ NOISE = (1.0, 1.002, 0.999, 1.001, 0.998, 1.0005)
 @dataclass(frozen=True)
 class Play:
     """What a program is scripted to do. `final_ms` is its cost when it is measured again; `lost` are shares of samples
-    that it gets wrong and the original right, on those it is chosen on and on all."""
+    that it gets wrong and the original right, on those it is chosen on and on all; `other_share` of the machine is used
+    by other processes meanwhile."""
 
     cost_ms: float = 1.0
     final_ms: float | None = None
@@ -50,6 +52,7 @@ class Play:
     p99_ms: float | None = None
     lost: tuple[float, float] = (0.0, 0.0)
     memory_bytes: int | None = None
+    other_share: float | None = None
     crash: str = ""
 
 
@@ -91,7 +94,10 @@ class ScriptedSide:
         cpu_s = (final or self.play.cost_ms) / 1e3 * NOISE[(len(self.windows) + len(self.label)) % len(NOISE)]
         wall_s = self.play.wall_ms / 1e3 if self.play.wall_ms else cpu_s
         latency = self.play.p99_ms or wall_s * 1e3
-        return Window(100, 100 * wall_s, 100 * cpu_s, [latency] * 100)
+        window = Window(100, 100 * wall_s, 100 * cpu_s, [latency] * 100)
+        if self.play.other_share is not None:
+            window.other_cpu_s = self.play.other_share * (os.cpu_count() or 1) * window.wall_s
+        return window
 
     def settle(self) -> None:
         """Nothing runs."""

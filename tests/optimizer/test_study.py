@@ -178,6 +178,14 @@ def test_a_candidate_that_takes_more_memory_than_allowed_is_not_shipped(stage: S
     assert (result.outcome, result.reason) == ("budget_not_met", "takes 3 MB of memory, 1 MB are allowed")
 
 
+def test_a_last_comparison_beside_a_busy_process_is_marked_as_disturbed(stage: Stage) -> None:
+    stage.script = {("clean", "f32"): Play(0.5, other_share=0.6)}
+    notes = [note for note in stage.run(CLEAN).notes if "disturbed" in note]
+    assert len(notes) == 1 and notes[0].startswith("warning: this run was disturbed") and "other processes" in notes[0]
+    stage.script = {("clean", "f32"): Play(0.5, other_share=0.0)}
+    assert not [note for note in stage.run(CLEAN).notes if "disturbed" in note]
+
+
 # The original -----------------------------------------------------------------------------------------------------
 
 
