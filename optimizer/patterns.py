@@ -280,6 +280,16 @@ def size(value: Any, axis: int) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def equal(one: int | str | None, other: int | str | None) -> bool:
+    """Whether two axes are provably of one length: the same number, or the same symbol."""
+    return one is not None and one == other
+
+
+def same_dims(one: Sequence[int | str | None] | None, other: Sequence[int | str | None] | None) -> bool:
+    """Whether two shapes are provably the same."""
+    return one is not None and other is not None and len(one) == len(other) and all(map(equal, one, other))
+
+
 def axes_of(node: Any) -> list[int] | None:
     """The axes of a reduction, from its attribute or its second input, as they are written; None where they are computed,
     [] where there are none."""

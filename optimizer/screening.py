@@ -152,15 +152,13 @@ class Screening:
                         f"warning: {backend.name} in {precision} does not take this model: {other.reason}"
                     )
         usable = [o for o in others if o.ratios and o.verdict != "rejected" and not self.judge.too_late(o.p99_ms)]
-        best = min(usable, key=cost_of, default=None)
         first.p99_ms, first.memory_bytes = p99_ms(side), side.note_memory()
         in_time = not self.judge.too_late(first.p99_ms)
-        fits = not self.judge.too_big(first.memory_bytes)
-        if not fits:
-            # A process that held others before has the highest memory of them all: one that fits in spite of it does.
-            best = min((o for o in usable if not self.judge.too_big(o.memory_bytes)), key=cost_of, default=best)
-            fits = best is None or self.judge.too_big(best.memory_bytes)
-        if best is None or (permitted and in_time and fits and not self._better(best, first)):
+        # A process that held others before has the highest memory of them all: one that fits in spite of it does.
+        fitting = [o for o in usable if not self.judge.too_big(o.memory_bytes)]
+        too_big = self.judge.too_big(first.memory_bytes) and bool(fitting)
+        best = min(fitting if too_big else usable, key=cost_of, default=None)
+        if best is None or (permitted and in_time and not too_big and not self._better(best, first)):
             return first, side, [first, *refused, *others]
         side.close()
         theirs = "the backend's default" if best.backend == first.backend else first.backend.name
@@ -169,7 +167,7 @@ class Screening:
             why = f"{theirs} loses too much accuracy"
         elif not in_time:
             why = f"{theirs} is too slow for the latency allowed"
-        elif not fits:
+        elif too_big:
             why = f"{theirs} takes more memory than allowed"
         where = "" if best.backend.alone else f"{best.backend.name}, "
         self.notes.append(f"the original runs in {where}{best.point.floating_precision}: {why}")

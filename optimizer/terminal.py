@@ -182,8 +182,9 @@ def new_table(*titles: str) -> Table:
 
 
 def _ledger(passes: list[PassReport], unit: str, verbose: bool) -> Table:
-    idle = [row for row in passes if row.status == "unchanged" and row.reason in (None, words.NOTHING)]
-    told = passes if verbose or len(idle) < IDLE_TOGETHER else [row for row in passes if row not in idle]
+    told = [row for row in passes if row.status != "unchanged" or row.reason not in (None, words.NOTHING)]
+    if verbose or len(passes) - len(told) < IDLE_TOGETHER:
+        told = passes
     grid = _grid((1, max((len(row.name) for row in told), default=1), 0))
     for row in told:
         symbol = words.SYMBOLS[row.status]

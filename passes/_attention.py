@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import isfinite, nan
 from typing import Any
 
-from perwatt.patterns import dims, given, is_stored, made_by, number, numbers, rank
+from perwatt.patterns import dims, equal, given, is_stored, made_by, number, numbers, rank, same_dims
 
 MOST_NODES = 24
 """A chain from weights to scores that is longer is none: the search follows both operands of every Add."""
@@ -368,20 +368,10 @@ def _from_one(value: Any, found: list[Any], axis: int) -> tuple[Any, tuple[Any, 
 # Shapes ---------------------------------------------------------------------------------------------------------------
 
 
-def same(first: int | str | None, second: int | str | None) -> bool:
-    """Whether two axes are known to be equally long."""
-    return first is not None and first == second
-
-
-def same_dims(first: list[Any], second: list[Any]) -> bool:
-    """Whether two shapes are known to be the same."""
-    return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
-
-
 def follows(found: list[Any], wanted: list[Any]) -> bool:
     """Whether what a Reshape gives has this shape: all axes but one are known to, and the last follows from the number of
     elements."""
-    return len(found) == len(wanted) and sum(not same(a, b) for a, b in zip(found, wanted, strict=True)) <= 1
+    return len(found) == len(wanted) and sum(not equal(a, b) for a, b in zip(found, wanted, strict=True)) <= 1
 
 
 def _shape(found: list[Any] | None) -> Any:

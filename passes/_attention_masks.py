@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from perwatt.passes._attention import Reading, Term, same
-from perwatt.patterns import dims, made_by, stored
+from perwatt.passes._attention import Reading, Term
+from perwatt.patterns import dims, equal, made_by, stored
 
 HIDDEN = -1e4
 """Scores that are set to this or less count as masked: e^-10000 is 0 in every type."""
@@ -135,7 +135,7 @@ def _spread(plan: Plan, frame: Frame) -> Plan | str:
     wide = any(len(shape) >= 2 for shape in shapes)
     lacking = [
         axis for axis in (-2, -1)
-        if not any(len(shape) >= -axis and same(shape[axis], frame.lengths[axis]) for shape in shapes)
+        if not any(len(shape) >= -axis and equal(shape[axis], frame.lengths[axis]) for shape in shapes)
         and (frame.lengths[axis] != 1 or not wide)
     ]  # fmt: skip
     if not shapes or not lacking:
@@ -239,7 +239,7 @@ def _fits(found: list[Any], term: Term, frame: Frame, is_stored: bool) -> bool:
                 return False
     if len(found) > len(whole):
         return False
-    return all(length == 1 or same(length, wanted) for length, wanted in zip(found[::-1], whole[::-1], strict=False))
+    return all(length == 1 or equal(length, wanted) for length, wanted in zip(found[::-1], whole[::-1], strict=False))
 
 
 def _lacks_heads(term: Term, frame: Frame) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from perwatt.passes._bounds import MOVES, Bounds, lowest, ordered
-from perwatt.passes._rearranging import axes_given, dims_after, dtype_of, equal
-from perwatt.patterns import dims, from_the_end, is_stored, number, rank, stored
+from perwatt.passes._rearranging import axes_given, dims_after, dtype_of
+from perwatt.patterns import dims, equal, from_the_end, is_stored, number, rank, stored
 
 
 class Rows(Bounds):

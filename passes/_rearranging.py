@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from perwatt.patterns import dims, numbers, stored
+from perwatt.patterns import dims, equal, numbers, stored
 
 Dims = Sequence[int | str | None]
 
@@ -91,16 +91,6 @@ def _typing(kind: str) -> tuple[int | str | None, ...]:
 
 
 # Shapes ---------------------------------------------------------------------------------------------------------------
-
-
-def equal(one: int | str | None, other: int | str | None) -> bool:
-    """Whether two axes are provably of one length: the same number, or the same symbol."""
-    return one is not None and one == other
-
-
-def same_dims(one: Dims | None, other: Dims | None) -> bool:
-    """Whether two shapes are provably the same."""
-    return one is not None and other is not None and len(one) == len(other) and all(map(equal, one, other))
 
 
 def same_dims_by_volume(one: Dims | None, other: Dims | None) -> bool:

@@ -13,11 +13,9 @@ from perwatt.passes._rearranging import (
     UNARY,
     Dims,
     dims_after,
-    equal,
-    same_dims,
     same_dims_by_volume,
 )
-from perwatt.patterns import Match, dims, given, is_stored, made_by, rank, size, stored
+from perwatt.patterns import Match, dims, equal, given, is_stored, made_by, rank, same_dims, size, stored
 
 RESHAPES = "Reshape|Flatten|Squeeze|Unsqueeze"
 """Operators that keep the elements in their order, so that the shape of the output says all."""

@@ -28,12 +28,11 @@ from perwatt.passes._rearranging import (
     axes_given,
     dims_after,
     fits_into,
-    same_dims,
     same_dims_by_volume,
     target_for,
 )
 from perwatt.passes._reshapes import RESHAPES, enclosed, rebuilt
-from perwatt.patterns import Match, dims, given, made_by, numbers, only_user, rank, size
+from perwatt.patterns import Match, dims, given, made_by, numbers, only_user, rank, same_dims, size
 
 COPIES = ("Expand", "Slice", "Tile", "Pad", "Split", "Concat", "Dropout")
 """Operators that may turn out to copy their first input as it is."""

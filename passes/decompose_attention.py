@@ -26,10 +26,10 @@ import numpy as np
 from perwatt.artifact import Artifact
 from perwatt.contract import Context, Tolerance
 from perwatt.fusion import Builder, Fusion
-from perwatt.passes._attention import Operand, readings, same, unscaled, untransposed
+from perwatt.passes._attention import Operand, readings, unscaled, untransposed
 from perwatt.passes._attention_masks import MOST_STORED, lowest, may_be_lowest
 from perwatt.passes._reusing import kept_once, once
-from perwatt.patterns import Match, dims, given
+from perwatt.patterns import Match, dims, equal, given
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _refusals(attention: Any) -> Iterator[str]:
     used = any(each.uses() or each.is_graph_output() for each in attention.outputs[1:])
     if len(inputs) > 4 or others or used or "softmax_precision" in attributes or "q_num_heads" in attributes:
         yield "it has a soft cap, a cache, or another result"
-    if not same(query[1], key[1]) or not same(query[1], value[1]):
+    if not equal(query[1], key[1]) or not equal(query[1], value[1]):
         yield "its keys and values are shared by groups of queries"
     if inputs[0].dtype is None or not isinstance(query[3], int):
         yield "the type or depth of its queries isn't known"

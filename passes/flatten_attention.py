@@ -22,9 +22,9 @@ import numpy as np
 
 from perwatt.contract import Tolerance
 from perwatt.fusion import Builder, Fusion
-from perwatt.passes._attention import follows, same_dims
+from perwatt.passes._attention import follows
 from perwatt.passes._reusing import kept_once
-from perwatt.patterns import Match, dims, given, made_by, numbers, only_user
+from perwatt.patterns import Match, dims, given, made_by, numbers, only_user, same_dims
 
 HEADS_FIRST = (0, 2, 1, 3)
 

@@ -31,11 +31,11 @@ import numpy as np
 
 from perwatt.contract import Tolerance
 from perwatt.fusion import Builder, Fusion
-from perwatt.passes._attention import Operand, Reading, existing, readings, same, same_dims
+from perwatt.passes._attention import Operand, Reading, existing, readings
 from perwatt.passes._attention_building import mask_of
 from perwatt.passes._attention_masks import Frame, Plan, is_causal, planned, uniform
 from perwatt.passes._reusing import kept_once, source_of
-from perwatt.patterns import Match, dims, stored
+from perwatt.patterns import Match, dims, equal, same_dims, stored
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 CAUSAL = "causal"
@@ -145,7 +145,7 @@ def _frame(reading: Reading) -> Frame | str:
     dtype = next(iter(types))
     if len(types) > 1 or dtype not in FLOATS or not _computed_alike(reading, dtype):
         return "its types differ"
-    if not (same(query[0], key[0]) and same(query[0], value[0])):
+    if not (equal(query[0], key[0]) and equal(query[0], value[0])):
         return "its queries, keys and values may differ in their batch"
     if not isfinite(reading.scale) or reading.scale <= 0:
         return f"its scores are scaled by {reading.scale:g}"
@@ -172,7 +172,7 @@ def _misfit_of_factors(reading: Reading, query: Sequence[Any]) -> str | None:
         found = dims(factor)
         if found is None or reading.levels or len(found) > len(query) or (found and found[-1] != 1):
             return "its scores are scaled by something that queries can't be scaled by"
-        if not all(n == 1 or same(n, m) for n, m in zip(found[::-1], query[::-1], strict=False)):
+        if not all(n == 1 or equal(n, m) for n, m in zip(found[::-1], query[::-1], strict=False)):
             return "its scores are scaled by something that queries can't be scaled by"
     return None
 

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from perwatt.contract import Tolerance
 from perwatt.fusion import Builder, Fusion
 from perwatt.passes._masks import Rows
-from perwatt.passes._rearranging import fits_into, same_dims
+from perwatt.passes._rearranging import fits_into
 from perwatt.patterns import (
     Either,
     Match,
@@ -41,6 +41,7 @@ from perwatt.patterns import (
     maybe,
     number,
     rank,
+    same_dims,
     stored,
 )
 

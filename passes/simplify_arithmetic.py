@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 
 from perwatt.contract import Stage, Tolerance
 from perwatt.fusion import Builder, Fusion
-from perwatt.passes._rearranging import all_of, fits_into, same_dims
-from perwatt.patterns import Match, dims, given, made_by
+from perwatt.passes._rearranging import all_of, fits_into
+from perwatt.patterns import Match, dims, given, made_by, same_dims
 
 NEUTRAL = {"Add": 0, "Mul": 1, "Sub": 0, "Div": 1, "Pow": 1, "And": True, "Or": False, "Xor": False}
 """The operand that changes nothing; of Sub, Div and Pow only as the second."""

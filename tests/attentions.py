@@ -35,11 +35,14 @@ class Net:
         return name
 
     def built(self, last, shape, opset=23):
-        self.nodes[-1].output[0] = "y"
         assert last == f"t{self.count}" or not self.nodes, "the last node makes the output"
+        return inferred(self.plain(shape, opset))
+
+    def plain(self, shape, opset=23):
+        """As it is, without types and shapes inside; the last node makes y."""
+        self.nodes[-1].output[0] = "y"
         spec = f"y:{self.dtype}[{','.join(map(str, shape))}]"
-        plain = build(self.nodes, " ".join(self.inputs), spec, self.weights, opset=opset)
-        return inferred(plain)
+        return build(self.nodes, " ".join(self.inputs), spec, self.weights, opset=opset)
 
 
 def inferred(artifact):

@@ -5,13 +5,10 @@ What it measures is not checked here. Suites are scripts with a `models` module 
 
 from __future__ import annotations
 
-import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import models as tests_models
 import numpy as np
 import onnx
 import pytest
@@ -21,25 +18,6 @@ from perwatt.contract import Capabilities
 from perwatt.measurement import Ratio
 
 SUITES = Path(__file__).resolve().parents[2] / "bench" / "suites"
-
-
-@pytest.fixture(scope="module")
-def suite():
-    """`suite("fusion")`: that suite as a module. What importing it changes for others is put back."""
-    environment, path, known = dict(os.environ), list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(SUITES))
-    del sys.modules["models"]
-    try:
-        yield importlib.import_module
-    finally:
-        for name in set(sys.modules) - known | {"models"}:
-            held = getattr(sys.modules[name], "__file__", None)
-            if held and Path(held).parent == SUITES:
-                del sys.modules[name]
-        sys.modules["models"] = tests_models
-        sys.path[:] = path
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 # Counting -------------------------------------------------------------------------------------------------------------

@@ -5,14 +5,11 @@ What they measure is not checked here. The suites are scripts with a `models` mo
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import models as tests_models
 import numpy as np
 import onnx
 import pytest
@@ -22,26 +19,6 @@ from perwatt.data import Samples
 from perwatt.measurement import Ratio
 
 SUITES = Path(__file__).resolve().parents[2] / "bench" / "suites"
-
-
-@pytest.fixture(scope="module")
-def suite():
-    """`suite("points")`: that suite as a module. What importing it changes for others is put back."""
-    environment, path = dict(os.environ), list(sys.path)
-    known = set(sys.modules)
-    sys.path.insert(0, str(SUITES))
-    del sys.modules["models"]
-    try:
-        yield importlib.import_module
-    finally:
-        for name in set(sys.modules) - known | {"models"}:
-            held = getattr(sys.modules[name], "__file__", None)
-            if held and Path(held).parent == SUITES:
-                del sys.modules[name]
-        sys.modules["models"] = tests_models
-        sys.path[:] = path
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 def saved(artifact_or_model, folder, name="model.onnx"):

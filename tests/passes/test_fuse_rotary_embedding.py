@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import attentions
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import ask, build, context, node, outputs, run_twice
+from models import ask, context, node, outputs, run_twice
 
 from perwatt.contract import Capabilities
 from perwatt.drift import drift
@@ -15,48 +16,29 @@ from perwatt.passes.fuse_rotary_embedding import FuseRotaryEmbedding
 HEADS, S = 3, 5
 
 
-class Net:
-    """Nodes with generated names; the last one makes y."""
+class Net(attentions.Net):
+    """With operators of several outputs, and heads of `depth` that come first or `last`."""
 
     def __init__(self, depth=8, last=False, dtype="float32"):
-        self.nodes, self.weights, self.inputs, self.count, self.depth, self.last = [], {}, [], 0, depth, last
-        self.dtype = dtype
+        super().__init__(dtype)
+        self.depth, self.last = depth, last
         self.shape = ("batch", S, HEADS, depth) if last else ("batch", HEADS, S, depth)
 
     def put(self, operator, inputs, outs=1, **attributes):
+        if outs == 1:
+            return super().put(operator, inputs, **attributes)
         names = [f"t{self.count + place}" for place in range(1, outs + 1)]
         self.count += outs
         self.nodes.append(node(operator, inputs, " ".join(names), **attributes))
-        return names[0] if outs == 1 else names
-
-    def keep(self, array):
-        self.count += 1
-        array = np.asarray(array)
-        self.weights[f"w{self.count}"] = array.astype(self.dtype) if array.dtype.kind == "f" else array
-        return f"w{self.count}"
-
-    def feed(self, name, *shape, dtype=None):
-        self.inputs.append(f"{name}:{dtype or self.dtype}[{','.join(map(str, shape))}]")
-        return name
+        return names
 
     def cut(self, x, start, end, step=1):
         bounds = (self.keep(np.int64([n])) for n in (start, end, -1, step))
         return self.put("Slice", f"{x} {' '.join(bounds)}")
 
     def built(self, shape=None, opset=23, infer=True):
-        import onnx
-        import onnx_ir as ir
-
-        from perwatt.artifact import Artifact
-
-        self.nodes[-1].output[0] = "y"
-        spec = f"y:{self.dtype}[{','.join(map(str, shape or self.shape))}]"
-        plain = build(self.nodes, " ".join(self.inputs), spec, self.weights, opset=opset)
-        if not infer:
-            return plain
-        return Artifact(
-            model=ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(plain.model), data_prop=True))
-        )
+        made = self.plain(shape or self.shape, opset)
+        return attentions.inferred(made) if infer else made
 
 
 def pieces(net, x, interleaved, way="slice"):
