@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perwatt.api import Model, Reading, load, optimize, read
+    from perwatt.api import Model, Reading, load, optimize, read, rewrite
     from perwatt.artifact import Artifact
     from perwatt.bench_report import BenchReport
     from perwatt.benching import benchmark
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
     from perwatt.gate_report import GateReport
     from perwatt.gating import gate
     from perwatt.recipe import Recipe
+    from perwatt.rewriting import Rewritten
 
 _HOMES = {
-    "optimize": "api", "read": "api", "load": "api", "Model": "api", "Reading": "api",
+    "optimize": "api", "read": "api", "rewrite": "api", "load": "api", "Model": "api", "Reading": "api",
     "benchmark": "benching", "BenchReport": "bench_report", "gate": "gating", "GateReport": "gate_report",
-    "Artifact": "artifact", "Bundle": "bundle", "Recipe": "recipe",
+    "Artifact": "artifact", "Bundle": "bundle", "Recipe": "recipe", "Rewritten": "rewriting",
     "PerwattError": "errors", "InputError": "errors", "UntrustedCodeError": "errors",
     "TargetError": "errors", "BackendError": "errors",
 }  # fmt: skip
 
 __all__ = [
     "Artifact", "BackendError", "BenchReport", "Bundle", "GateReport", "InputError", "Model", "PerwattError", "Reading",
-    "Recipe", "TargetError", "UntrustedCodeError", "benchmark", "gate", "load", "optimize", "read",
+    "Recipe", "Rewritten", "TargetError", "UntrustedCodeError", "benchmark", "gate", "load", "optimize", "read", "rewrite",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What `import perwatt` offers: optimize a model, read one, load a bundle and run it."""
+"""What `import perwatt` offers: optimize a model, rewrite or read one, load a bundle and run it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from perwatt.options import build_recipe
 from perwatt.portable import recipe_for
 from perwatt.preparation import read_model
 from perwatt.reading import Reading
+from perwatt.rewriting import Rewritten, rewrite_model
 from perwatt.signature import Array, Batch, Signature
 
 
@@ -35,7 +36,7 @@ def optimize(
     """Optimize `model` for `target` and leave a bundle.
 
     `options` are those of the command line with underscores: data, eval, train, image, resize, normalize, text, label,
-    metric, expect, max_drop, p99, min_gain, time, memory, prove_accuracy, passes, threads, scenario, batch, tune, on,
+    metric, expect, max_drop, p99, min_gain, time, memory, prove_accuracy, passes, threads, scenario, batch, precision, tune, on,
     allow_power_control, arch, arch_args, input, inputs, trust, seed, max_samples. `config` is a recipe
     file that options override. `progress(stage, share)` is called along the way with the share done, 0 to 1.
 
@@ -50,6 +51,26 @@ def read(model: str | Path, **options: Any) -> Reading:
     recipe = build_recipe(None, model=str(model), **options)
     with Worker("reading") as worker:
         return read_model(recipe, worker)
+
+
+def rewrite(
+    model: str | Path | None = None,
+    *,
+    target: str | None = None,
+    config: str | Path | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> Rewritten:
+    """Run passes on `model`, prove each on samples, and write the ONNX file `out` (`<stem>-rewritten.onnx` by default) that
+    they lead to, in the form that `target` runs best; by default no operator is put in that some backend lacks.
+
+    Nothing is lowered or measured, and lossy passes run only where `passes` lists them. Options of `optimize` that count:
+    passes, seed, and all that say what the model and its samples are. Raises InputError for what was given, TargetError for
+    a target that is neither here nor can be prepared for."""
+    recipe = build_recipe(config, model=str(model) if model is not None else None, target=target, **options)
+    return rewrite_model(recipe, out, force=force, progress=progress or (lambda stage, share: None))
 
 
 class Model:
@@ -114,4 +135,4 @@ def load(bundle: str | Path | Bundle, *, rate: float | None = None, p99_ms: floa
     return Model(target.load(opened.path / target.name(), opened.signature, point))
 
 
-__all__ = ["Model", "Reading", "load", "optimize", "read"]
+__all__ = ["Model", "Reading", "load", "optimize", "read", "rewrite"]

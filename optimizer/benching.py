@@ -55,7 +55,7 @@ def benchmark(
     """Measure bundles, models or backends' own files side by side; the first is what the others are compared with.
 
     `rate_per_s` adds joules per request at that traffic, idle time included, and `price` what a million of them cost.
-    `options` as for `optimize`: target, scenario, batch, threads, data, …; scenario `server` wants `latency_bound_ms`
+    `options` as for `optimize`: target, scenario, batch, threads, precision, data, …; scenario `server` wants `latency_bound_ms`
     and finds the highest sustainable rate.
 
     Raises InputError for what was given, TargetError where a backend can't be used here."""
@@ -97,8 +97,17 @@ def benchmark(
             machine=measured.machine,
             measuring=measuring_facts(measured, subjects, inputs, seed),
             energy=measured.energy,
-            notes=[*dict.fromkeys(notes)],
+            notes=[*dict.fromkeys([*notes, *_scenario_words(subjects)])],
         )
+
+
+def _scenario_words(subjects: Sequence[Subject]) -> list[str]:
+    """That bundles made for different scenarios are each loaded as they were made for."""
+    found = {subject.label: subject.point.scenario for subject in subjects}
+    if len(set(found.values())) < 2:
+        return []
+    each = ", ".join(f"{label} {scenario}" for label, scenario in found.items())
+    return [f"not loaded alike ({each}): ratios compare scenarios too; --scenario loads all in one way"]
 
 
 def _check(

@@ -8,13 +8,24 @@ from typing import Any
 
 from perwatt import registry
 from perwatt.contract import Pass
+from perwatt.recipe import OneOf
 
 
 def all_passes() -> list[dict[str, Any]]:
-    """Every pass in the order of its stage: name, stage, whether it is in `default`, one line."""
+    """Every pass: name, stage, whether it is in `default`, one line; stage by stage, those of `default` first and in the
+    order in which they run. Then those of other packages that can't be loaded, with the `problem`."""
     classes = registry.loadable_passes()
-    entries = [_summary(name, cls) for name, cls in classes.items()]
-    return sorted(entries, key=lambda entry: (classes[entry["name"]].stage, entry["name"]))
+    steps = [
+        one.name for step in registry.default_steps(True) for one in (step.steps if isinstance(step, OneOf) else [step])
+    ]
+    runs = {name: position for position, name in reversed(list(enumerate(steps)))}
+    order = sorted(classes, key=lambda name: (classes[name].stage, runs.get(name, len(steps)), name))
+    broken = registry.broken_passes()
+    return [
+        *(_summary(name, classes[name]) for name in order),
+        *({"name": name, "stage": None, "default": False, "lossy": None, "summary": "", "problem": problem}
+          for name, problem in broken.items()),
+    ]  # fmt: skip
 
 
 def one_pass(name: str) -> dict[str, Any]:
@@ -55,10 +66,13 @@ def as_text(entry: dict[str, Any] | list[dict[str, Any]]) -> str:
         lines = [
             f"{e['name']:<{width}}  {e['stage']:<9}  {'default' if e['default'] else '       '}  {e['summary']}"
             for e in entry
+            if "problem" not in e
         ]
+        broken = [f"✗ {e['problem']}" for e in entry if "problem" in e]
         return "\n".join(
-            [*lines, "", "optimize passes NAME shows a pass's page. Lossy passes are shipped only if accuracy allows."]
-        )
+            [*lines, *broken, "", "In this order, stage by stage, the default ones run; of the stage precision the best is "
+             "taken. optimize passes NAME shows a pass's page. Lossy passes are shipped only if accuracy allows."]
+        )  # fmt: skip
     tolerance = entry["tolerance"]
     promise = f"max|Δ| ≤ {tolerance['atol']:g} + {tolerance['rtol']:g} · RMS" if tolerance else "none: accuracy decides"
     settings = [f"  {name}: {value!r}" for name, value in entry["settings"].items()]

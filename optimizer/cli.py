@@ -51,6 +51,7 @@ Examples:
   optimize ./bert-folder --target cpu --data reviews.csv --text sentence --label label
   optimize weights.th --arch net.py:resnet20 --data calib.npz --eval test.npz --max-drop 0.5
   optimize --config recipe.yaml
+  optimize rewrite model.onnx --target onnxruntime --out fused.onnx
   optimize bench model-cpu other.onnx
   optimize gate --base main-bundle --head pr-bundle --limits gate.yaml
 """
@@ -301,8 +302,9 @@ def completion(shell: str) -> None:
 
 def _more_commands() -> None:
     from perwatt.cli_measuring import bench, gate, history
+    from perwatt.cli_rewriting import rewrite
 
-    for command in (bench, gate, history):
+    for command in (bench, gate, history, rewrite):
         cli.add_command(command)
 
 

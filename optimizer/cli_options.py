@@ -99,6 +99,12 @@ POINT: list[Decorator] = [
         "--batch", type=int, help="Items in a call.  [default: 1; offline 32, from where `optimize` searches]"
     ),
     click.option("--threads", type=int, help="Threads of all streams together.  [default: the backend's own]"),
+    click.option(
+        "--precision",
+        type=click.Choice(["f32", "tf32", "bf16", "f16"]),
+        help="What the backend calculates in where the graph says float32.  [default: optimize picks; bench and gate: the "
+        "bundle's, else the backend's]",
+    ),
 ]
 TUNING: list[Decorator] = [
     click.option(

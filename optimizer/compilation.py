@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,22 @@ from perwatt.backends import Backend
 from perwatt.bench.power_control import PowerControl
 from perwatt.bundle import Bundle, cache_folder, check_destination, no_room
 from perwatt.candidates import Branch, Candidate, explore
-from perwatt.contract import Capabilities, Context, OperatingPoint, Pass
-from perwatt.data import Samples
-from perwatt.errors import BackendError, InputError, PerwattError
+from perwatt.contract import OperatingPoint
+from perwatt.errors import BackendError, InputError
 from perwatt.isolation import Worker, workspace
 from perwatt.judging import Judge
 from perwatt.measuring import SCREENING, Conductor, Effort, figures, interleave
-from perwatt.pipeline import Pipeline, Proof, Row
+from perwatt.pipeline import Pipeline, Row
 from perwatt.place import Place, open_place
 from perwatt.portable import kept_branches, write_portable
 from perwatt.preparation import Prepared, Progress, first_row, operating_point, prepare, source_outputs
+from perwatt.proving import open_pipeline
 from perwatt.recipe import OneOf, PassStep, Recipe
 from perwatt.screening import Screening
 from perwatt.setup import Setup
 from perwatt.sides import Side
-from perwatt.signature import Batch
 from perwatt.study import Result, Study
 from perwatt.tuning import TunePlan
-from perwatt.worker import load_outputs
 
 PASSES_SHARE, SCREENING_SHARE, TUNING_SHARE = 0.5, 0.7, 0.15
 """Of the time budget: when no further pass is begun, when no further candidate is screened, what one search for an
@@ -115,6 +113,7 @@ def compile_model(
     with full_disk_explained(), workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         place = cleanup.enter_context(open_place(recipe.target.on))
         prepared = prepare(recipe, Path(scratch), checks, place, progress, cleanup)
+        prepared.notes.extend(registry.out_of_order(steps))
         if prepared.absent is not None:
             return write_portable(*_portable(recipe, steps, prepared, Path(scratch), checks, progress, started), out)
         device = prepared.backends[0].device
@@ -123,12 +122,32 @@ def compile_model(
         counted = meter.method in ("counter", "metered") and meter.boundary in ("device", "wall")
         prepared.backends = [replace(b, joules_count=device == "gpu" and counted) for b in prepared.backends]
         cleanup.callback(meter.close)
-        prepared.notes.extend(notes)
+        prepared.notes.extend(
+            [*notes, *_fixed_batch_words(recipe, prepared.source), *_unjudged_words(recipe, prepared)]
+        )
         conductor = Conductor(meter, seed=recipe.seed, device=device)
         conductor.power = _power_control(recipe, device, prepared.notes, cleanup)
         run = _search(recipe, steps, prepared, Path(scratch), checks, place, conductor, progress, started, cleanup)
         progress("writing the bundle", 0.96)
         return write_bundle(run, out)
+
+
+def _fixed_batch_words(recipe: Recipe, source: Artifact) -> list[str]:
+    """That no batch is searched for a model that fixes it."""
+    batch = source.signature.batch
+    if recipe.target.scenario != "offline" or isinstance(batch, str):
+        return []
+    fixed = "has no batch axis" if batch is None else f"fixes its batch at {batch}"
+    return [f"the model {fixed}, so no other number of items in a call is tried: export it with a dynamic batch axis"]
+
+
+def _unjudged_words(recipe: Recipe, prepared: Prepared) -> list[str]:
+    """That a lower precision was asked for and nobody knows what it costs."""
+    if recipe.target.precision not in ("bf16", "f16") or prepared.evaluation is not None:
+        return []
+    return [
+        f"warning: accuracy in {recipe.target.precision} was not judged: there are no labelled samples (--data, --eval)"
+    ]
 
 
 def _power_control(recipe: Recipe, device: str, notes: list[str], cleanup: ExitStack) -> PowerControl | None:
@@ -243,57 +262,13 @@ def _effort(recipe: Recipe, started: float) -> Effort:
 
 def _pipeline(recipe: Recipe, prepared: Prepared, setup: Setup, checks: Worker, progress: Callable[[str], None],
               started: float) -> Pipeline:  # fmt: skip
-    """The pipeline with its context and its proofs wired to the worker."""
-    folder = setup.folder
-    samples, saved = prepared.samples, prepared.saved
+    """The pipeline whose passes may measure on the first backend, and end with their share of the time."""
+
+    def measure(artifacts: Sequence[Artifact]) -> list[float]:
+        return measure_graphs(recipe, prepared.backends, artifacts, setup)
+
     deadline = _deadline(recipe, started, PASSES_SHARE)
-
-    def execute(artifact: Artifact, batches: Samples, taps: Sequence[str]) -> list[Batch]:
-        where = batches.save(folder / f"batches-{batches.digest()[:16]}")
-        return reference(artifact, where, taps)
-
-    def reference(artifact: Artifact, where: Path, taps: Sequence[str] = ()) -> list[Batch]:
-        out = folder / f"reference-{artifact.digest()[:16]}-{where.name}-{len(taps)}"
-        checks.call("reference", model=str(artifact.file(folder)), samples=str(where), out=str(out), taps=list(taps))
-        return load_outputs(out)
-
-    def run_isolated(made_by: Pass, artifact: Artifact, capabilities: Capabilities) -> tuple[Artifact, list[str]]:
-        answer = checks.call(
-            "run_pass",
-            step={"name": made_by.name(), "settings": made_by.settings()},
-            model=str(artifact.file(folder)),
-            roles={role: str(where) for role, where in saved.items() if role in ("calibrate", "learn", "select")},
-            capabilities=asdict(capabilities),
-            budget=recipe.budget.model_dump(),
-            seed=recipe.seed,
-            folder=str(folder),
-            **({} if deadline is None else {"timeout_s": max(1.0, deadline - time.monotonic())}),
-        )
-        same = answer["model"] == str(artifact.file(folder))
-        return (artifact if same else Artifact.load(answer["model"])), answer["changes"]
-
-    def roles(role: str) -> Samples:
-        if role not in ("calibrate", "learn", "select") or role not in samples:
-            raise PerwattError(f"there are no samples for {role!r} that a pass may see")
-        return samples[role]
-
-    context = Context(
-        samples=roles,
-        capabilities=Capabilities(),
-        budget=recipe.budget,
-        seed=recipe.seed,
-        deadline=deadline,
-        progress=progress,
-        execute=execute,
-        measure=lambda artifacts: measure_graphs(recipe, prepared.backends, artifacts, setup),
-    )
-    proof = Proof(
-        check=lambda artifact: checks.call("check", model=str(artifact.file(folder)))["problems"],
-        reference=lambda artifact: reference(artifact, saved["check"]),
-        run_isolated=run_isolated,
-        reference_on=reference,
-    )
-    return Pipeline(prepared.source, context, proof)
+    return open_pipeline(recipe, prepared, setup.folder, checks, progress, measure, deadline)
 
 
 def measure_graphs(

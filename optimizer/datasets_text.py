@@ -19,7 +19,7 @@ import numpy as np
 from perwatt.data import Samples
 from perwatt.datasets_fit import dtype_of
 from perwatt.datasets_source import Labels, Notes, Source, encode_text, listed
-from perwatt.errors import InputError, nearest
+from perwatt.errors import InputError, install_words, nearest
 from perwatt.recipe import DataSection
 from perwatt.signature import Array, Batch, Signature
 
@@ -196,7 +196,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise InputError("text needs a tokenizer library", fix="pip install 'perwatt[huggingface]'") from None
+        raise InputError("text needs a tokenizer library", fix=install_words("huggingface")) from None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:

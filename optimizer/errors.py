@@ -8,7 +8,10 @@ was not met; neither is an error.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, requires
 
 
 class PerwattError(Exception):
@@ -47,6 +50,28 @@ class BackendError(PerwattError):
 
 class PassError(PerwattError):
     """A pass could not do its work on this model; the pipeline rolls it back and goes on."""
+
+
+def install_words(extra: str) -> str:
+    """The command that gets what an extra of perwatt needs. The packages by name: perwatt itself may be on no index."""
+    packages = sorted({shlex.quote(package) for package in _needed(extra)})
+    return f"pip install {' '.join(packages)}" if packages else f"pip install 'perwatt[{extra}]'"
+
+
+def _needed(extra: str) -> Iterator[str]:
+    try:
+        known = requires("perwatt") or []
+    except PackageNotFoundError:
+        return
+    for requirement in known:
+        package, _, condition = requirement.partition(";")
+        if not re.search(rf"""extra\s*==\s*['"]{re.escape(extra)}['"]""", condition):
+            continue
+        own = re.match(r"perwatt\[(.+)\]", package.strip())
+        if own is None:
+            yield package.strip()
+        for other in own[1].split(",") if own is not None else ():
+            yield from _needed(other.strip())
 
 
 def nearest(name: str, known: Iterable[str], what: str) -> str:

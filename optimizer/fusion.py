@@ -31,7 +31,8 @@ class Fusion(Pass):
 
     `roots`: the operators that an occurrence ends with. `what`: what is replaced, in the plural, for the ledger.
     `opset`: the oldest version of ONNX's operators that has what is put in. `operator`: what is put in, where not every
-    backend runs it: it is only done for targets whose `Capabilities.operators` name it, and the pass must say that it
+    backend runs it: it is only done for targets whose `Capabilities.operators` name it. `takes_apart`: an operator that is
+    written out, for targets that name others there and not this one. With either the pass must say that it
     `depends_on_target`."""
 
     stage: ClassVar[Stage] = Stage.FUSE
@@ -40,10 +41,16 @@ class Fusion(Pass):
     what: ClassVar[str]
     opset: ClassVar[int] = 0
     operator: ClassVar[str | None] = None
+    takes_apart: ClassVar[str | None] = None
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
-        if self.operator and self.operator not in context.capabilities.operators:
+        whole = context.capabilities.operators
+        if self.operator and self.operator not in whole:
             yield f"this backend does not run {self.operator} as one operator"
+        if self.takes_apart and not whole:
+            yield "this backend doesn't say which operators it takes whole"
+        if self.takes_apart and self.takes_apart in whole:
+            yield f"this backend runs {self.takes_apart} as one operator"
         if reason := opset_refusal(artifact.model, self.opset):
             yield reason
 
@@ -86,7 +93,7 @@ class Fusion(Pass):
 
     def ensures(self, before: Artifact, after: Artifact) -> Iterator[str]:
         old, new = sum(before.operator_counts().values()), sum(after.operator_counts().values())
-        if new > old:
+        if new > old and not self.takes_apart:
             yield f"{old} nodes became {new}"
 
     def _swept(self, model: Any, taken: set[str]) -> tuple[int, Counter[str]]:

@@ -60,7 +60,7 @@ def gate(
 
     Both are bundles, model files, or `git:REF` (built with the recipe `config`, from cache where it can); without
     `head` it is the working tree; `rebuild` builds anew, whatever the cache holds. `time_s`: seconds of measuring.
-    `options`: data, eval, image, normalize, text, label, metric, target, scenario, batch, threads and the like, as for
+    `options`: data, eval, image, normalize, text, label, metric, target, scenario, batch, threads, precision and the like, as for
     `optimize`.
 
     Raises InputError for what was given, TargetError where a side can't run here at all."""

@@ -79,7 +79,9 @@ def _verdict_words(report: BenchReport, name: str, ratio: RatioFigure, best: int
         return f"{names[0]} is the best; next is {names[best]} with {said} {of}"
     begin = "too little was measured to tell a difference" if not verdict else "no difference beyond the noise"
     return (
-        f"{begin}: {names[best]} {said} {of}" if len(names) == 2 else f"{begin}: the best, {names[best]}, {said} {of}"
+        f"{begin}: {names[best]} {said} {of}"
+        if len(names) == 2
+        else f"{begin}: {names[best]}, the best of the others, {said} {of}"
     )
 
 

@@ -23,7 +23,7 @@ PLACES: dict[str, tuple[str, str]] = {
     "max_drop": ("budget", "max_drop"), "p99": ("budget", "p99_ms"), "min_gain": ("budget", "min_gain"),
     "time": ("budget", "time"), "memory": ("budget", "memory"), "prove_accuracy": ("budget", "prove_accuracy"),
     "target": ("target", "name"), "on": ("target", "on"), "threads": ("target", "threads"), "scenario": ("target", "scenario"),
-    "batch": ("target", "batch"), "tune": ("target", "tune"),
+    "batch": ("target", "batch"), "precision": ("target", "precision"), "tune": ("target", "tune"),
     "allow_power_control": ("target", "allow_power_control"),
 }  # fmt: skip
 """Option → (section, key). `data`, `passes`, `inputs`, `seed` and `config` have rules of their own below."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,26 +51,33 @@ class Absent:
 
 
 @dataclass
-class Prepared:
-    """What is known before the first pass. `saved` has the folder of each role's samples. Where no backend can be used
-    here, `absent` says which one a portable bundle is prepared for."""
+class Opened:
+    """The model as read, and its samples: all that passes and their proofs need. `saved` has the folder of each role's
+    samples."""
 
-    backends: list[Backend]
-    absent: Absent | None
     reading: Reading
     roles: datasets.Roles
     samples: dict[str, Samples]
     saved: dict[str, Path]
-    select: Evaluation | None
-    evaluation: Evaluation | None
-    max_drop: float
-    eager: Side | None
     notes: list[str]
 
     @property
     def source(self) -> Artifact:
         """The model as read."""
         return self.reading.artifact
+
+
+@dataclass
+class Prepared(Opened):
+    """What is known before the first pass. Where no backend can be used here, `absent` says which one a portable bundle is
+    prepared for."""
+
+    backends: list[Backend]
+    absent: Absent | None
+    select: Evaluation | None
+    evaluation: Evaluation | None
+    max_drop: float
+    eager: Side | None
 
 
 def prepare(
@@ -84,9 +91,25 @@ def prepare(
     with ExitStack() as asking:
         there = checks if place.words is None else asking.enter_context(place.worker("the targets"))
         backends, passed_over, absent = usable_backends(recipe, there)
-    meanwhile = ThreadPoolExecutor(max_workers=1)
-    cleanup.callback(meanwhile.shutdown, wait=False, cancel_futures=True)
-    # What the worker will need is imported while the model is read here; nothing is being measured yet.
+    opened = open_model(recipe, folder, checks, progress, cleanup)
+    progress("judging the original", 0.2)
+    eager = open_eager(opened, recipe, folder, place, cleanup)
+    select, evaluation = _evaluations(recipe, backends, opened, folder, checks, place)
+    opened.notes.extend(passed_over)
+    return Prepared(
+        opened.reading, opened.roles, opened.samples, opened.saved, opened.notes,
+        backends, absent, select, evaluation, _max_drop(recipe, evaluation), eager.result(),
+    )  # fmt: skip
+
+
+def open_model(recipe: Recipe, folder: Path, checks: Worker, progress: Progress, cleanup: ExitStack) -> Opened:
+    """Read the recipe's model and open its data. What must be closed goes into `cleanup`.
+
+    Raises PerwattError where either can't be used."""
+    meanwhile = _aside(cleanup)
+    # What the worker will need is imported while the model is read here; nothing is being measured yet. It starts in this
+    # thread, because a worker ends with the thread that started it.
+    checks.start()
     meanwhile.submit(checks.call, "warm")
     progress(f"reading {recipe.model.path}", 0.03)
     reading = read_model(recipe, checks)
@@ -99,32 +122,28 @@ def prepare(
     samples, notes = _samples(roles, source, recipe.seed)
     saved = {role: found.save(folder / "samples" / role) for role, found in samples.items()}
     _check_model(source, folder, checks)
-    progress("judging the original", 0.2)
-    eager, opened = _eager_side(reading, recipe, folder, place, meanwhile)
-    if eager is not None:
-        cleanup.callback(eager.close)
-    select, evaluation = _evaluations(recipe, backends, roles, samples, saved, source, folder, checks, place)
-    try:
-        opened.result()
-    except BackendError as error:
-        notes.append(f"torch eager could not be measured: {error}")
-        eager = None
-    return Prepared(
-        backends, absent, reading, roles, samples, saved, select, evaluation, _max_drop(recipe, evaluation), eager,
-        [*roles.shares, *roles.notes, *notes, *passed_over],
-    )  # fmt: skip
+    return Opened(reading, roles, samples, saved, [*roles.shares, *roles.notes, *notes])
+
+
+def _aside(cleanup: ExitStack) -> ThreadPoolExecutor:
+    """One thread for what may go on meanwhile."""
+    meanwhile = ThreadPoolExecutor(max_workers=1)
+    cleanup.callback(meanwhile.shutdown, wait=False, cancel_futures=True)
+    return meanwhile
 
 
 def usable_backends(recipe: Recipe, checks: Worker) -> tuple[list[Backend], list[str], Absent | None]:
     """The backends that the recipe's target stands for and that can be used, in words which were passed over, and, where
     none can be used, the one that a portable bundle can be prepared for. Raises TargetError where there is none either."""
     names = registry.serving(recipe.target.name)
-    usable, missing = ask(names, operating_point(recipe), checks)
+    here, missing = ask(names, operating_point(recipe), checks)
+    elsewhere = [name for name in names if name in missing]
+    usable = _in_precision(here, recipe.target.precision, missing)
     reasons = [f"{name} can't be used here: {'; '.join(why)}" for name, why in missing.items()]
     if not usable:
-        for name in names:
+        for name in elsewhere:
             portable = registry.target(name).portable()
-            if portable is not None:
+            if portable is not None and recipe.target.precision in (None, *portable.floating_precisions):
                 return [], [], Absent(name, portable, tuple(reasons))
         alone = f"target {names[0]} can't be used here: {'; '.join(missing[names[0]])}" if len(names) == 1 else ""
         raise TargetError(alone or f"nothing that serves {recipe.target.name} can be used here: {'; '.join(reasons)}")
@@ -138,11 +157,25 @@ def usable_backends(recipe: Recipe, checks: Worker) -> tuple[list[Backend], list
     return usable, reasons, None
 
 
+def _in_precision(usable: list[Backend], precision: str | None, missing: dict[str, list[str]]) -> list[Backend]:
+    """The backends as they are in the floating precision that the recipe asks for; those that lack it go to `missing`."""
+    if precision is None:
+        return usable
+    kept = []
+    for backend in usable:
+        offered = backend.capabilities.floating_precisions
+        if precision in offered:
+            kept.append(replace(backend, capabilities=replace(backend.capabilities, floating_precisions=(precision,))))
+        else:
+            missing[backend.name] = [f"it calculates in {', '.join(offered)} here, and not in {precision}"]
+    return kept
+
+
 def operating_point(recipe: Recipe) -> OperatingPoint:
     """The point that the recipe asks for; the backend decides what it leaves open."""
     target = recipe.target
     batch = target.batch or (OFFLINE_BATCH if target.scenario == "offline" else 1)
-    return OperatingPoint(scenario=target.scenario, batch=batch, threads=target.threads)
+    return OperatingPoint(target.scenario, batch, target.threads, floating_precision=target.precision)
 
 
 def read_model(recipe: Recipe, checks: Worker) -> Reading:
@@ -204,13 +237,15 @@ def _check_model(source: Artifact, folder: Path, checks: Worker) -> None:
         raise InputError(f"the model is not valid ONNX: {serious[0]}")
 
 
-def _evaluations(recipe: Recipe, backends: list[Backend], roles: datasets.Roles, samples: dict[str, Samples],
-                 saved: dict[str, Path], source: Artifact, folder: Path,
-                 checks: Worker, place: Place) -> tuple[Evaluation | None, Evaluation | None]:  # fmt: skip
+def _evaluations(
+    recipe: Recipe, backends: list[Backend], opened: Opened, folder: Path, checks: Worker, place: Place
+) -> tuple[Evaluation | None, Evaluation | None]:
     """What to choose with and what to judge with; stops where the original itself makes no sense on the data."""
+    samples, saved = opened.samples, opened.saved
     if "evaluation" not in samples or "select" not in samples:
         return None, None
-    outputs = _fp32_outputs(source, saved["evaluation"], folder, checks, place, backends[0].name if backends else None)
+    target = backends[0].name if backends else None
+    outputs = _fp32_outputs(opened.source, saved["evaluation"], folder, checks, place, target)
     metric = metrics.resolve(recipe.data.metric, samples["evaluation"], outputs)
     # The evaluation samples are the select samples and then the confirm samples, batch by batch.
     first = outputs[: len(list(samples["select"]))]
@@ -248,19 +283,31 @@ def _max_drop(recipe: Recipe, evaluation: Evaluation | None) -> float:
     return default if default is not None else 0.01 * abs(evaluation.original.value)
 
 
-def _eager_side(
-    reading: Reading, recipe: Recipe, folder: Path, place: Place, meanwhile: Executor
-) -> tuple[Side | None, Future[None]]:
-    """torch eager in a worker of its own, for row 0 and for the comparison, and when it will be open; None where its
-    inputs are not those that are fed, or where another machine measures, which may have no torch."""
+def open_eager(opened: Opened, recipe: Recipe, folder: Path, place: Place, cleanup: ExitStack) -> Future[Side | None]:
+    """torch eager in a worker of its own, for row 0 and for the comparison; it opens while its caller goes on. None where
+    its inputs are not those that are fed, where another machine measures, which may have no torch, and where it fails,
+    which a note tells."""
+    reading = opened.reading
     if reading.exported is None or recipe.inputs or place.words is not None:
-        return None, meanwhile.submit(lambda: None)
+        nothing: Future[Side | None] = Future()
+        nothing.set_result(None)
+        return nothing
     import torch
 
     path = folder / "eager.pt2"
     torch.export.save(reading.exported, path)
     side = Side.eager(path, reading.artifact, operating_point(recipe), folder)
-    return side, meanwhile.submit(side.load)
+    cleanup.callback(side.close)
+
+    def load() -> Side | None:
+        try:
+            side.load()
+        except BackendError as error:
+            opened.notes.append(f"torch eager could not be opened: {error}")
+            return None
+        return side
+
+    return _aside(cleanup).submit(load)
 
 
 def first_row(reading: Reading, ours: list[Batch] | str, source: Callable[[], list[Batch] | None]) -> Row:

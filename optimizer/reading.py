@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perwatt.artifact import Artifact, Step, freeze
-from perwatt.errors import InputError, UntrustedCodeError
+from perwatt.errors import InputError, UntrustedCodeError, install_words
 from perwatt.reading_onnx import KNOWN, Convert, read_onnx
 from perwatt.reading_preprocess import add_preprocessing
 from perwatt.reading_safety import PLAIN_WAYS, Archive, first_pickled_number, pickled_globals
@@ -218,5 +218,6 @@ def _is_text(head: bytes) -> bool:
 
 def _need_torch(path: Path, kind: str) -> None:
     if importlib.util.find_spec("torch") is None:
-        fix = 'pip install "perwatt[torch]", or give an ONNX file'
-        raise InputError(f"{path} ({kind}) needs PyTorch to be read", fix=fix)
+        raise InputError(
+            f"{path} ({kind}) needs PyTorch to be read", fix=f"{install_words('torch')}, or give an ONNX file"
+        )

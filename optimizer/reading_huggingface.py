@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from perwatt.errors import InputError, UntrustedCodeError, nearest
+from perwatt.errors import InputError, UntrustedCodeError, install_words, nearest
 from perwatt.reading_export import export_module, first_line, quiet
 from perwatt.reading_sentence import SentenceEncoder, read_modules
 from perwatt.reading_shapes import BATCH, resolve
@@ -97,7 +97,7 @@ def _load(folder: Path, trust: bool) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError:
-        raise InputError(f"{folder} needs transformers to be read", fix='pip install "perwatt[huggingface]"') from None
+        raise InputError(f"{folder} needs transformers to be read", fix=install_words("huggingface")) from None
     # Its bars are drawn on the terminal whatever the level of logging.
     transformers.utils.logging.disable_progress_bar()
     plain = _config(folder)

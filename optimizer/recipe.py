@@ -150,6 +150,9 @@ class TargetSection(Section):
     batch: int | None = Field(
         None, gt=0, description="Items in a call; None: 1 in single-stream; offline searched from 32 both ways."
     )
+    precision: Literal["f32", "tf32", "bf16", "f16"] | None = Field(
+        None, description="Floating precision of what the graph leaves in float32; None: the best within the budget."
+    )
     allow_power_control: bool = Field(False, description="The search may set a GPU's power limit and clock.")
     tune: bool = Field(True, description="Search for the operating point that costs least: what is left open here.")
 

@@ -186,14 +186,46 @@ def default_steps(budget_and_training: bool = False) -> list[PassStep | OneOf]:
 
 def loadable_passes() -> dict[str, type[Pass]]:
     """All passes that can be loaded: a broken package of somebody else's is an error only for who names it."""
-    classes = {}
+    return _loaded_passes()[0]
+
+
+def broken_passes() -> dict[str, str]:
+    """Why passes of other packages can't be loaded, by name."""
+    return _loaded_passes()[1]
+
+
+def _loaded_passes() -> tuple[dict[str, type[Pass]], dict[str, str]]:
+    classes, broken = {}, {}
     for name in names("passes"):
         try:
             classes[name] = pass_class(name)
-        except InputError:
+        except InputError as error:
             if not isinstance(_found("passes")[name], EntryPoint):
                 raise
-    return classes
+            broken[name] = str(error)
+    return classes, broken
+
+
+def out_of_order(steps: Sequence[PassStep | OneOf]) -> list[str]:
+    """In words, which steps stand before others that prepare models for them. The order is the recipe's to choose, but
+    what such a pass doesn't find for want of them is told nowhere else."""
+    ranks = {one.name: rank for rank, step in enumerate(default_steps(True)) for one in reversed(_alternatives(step))}
+    listed = [one.name for step in steps for one in _alternatives(step)]
+    said = []
+    for position, name in enumerate(listed):
+        cls = pass_class(name)
+        later = [other for other in dict.fromkeys(listed[position + 1 :]) if other not in listed[:position]]
+        late = [other for other in later if _prepares(pass_class(other), cls)]
+        if late and name not in listed[:position]:
+            late.sort(key=lambda other: ranks.get(other, len(ranks)))
+            said.append(f"{name} stands before {', '.join(late)}, after which it finds more")
+    return said
+
+
+def _prepares(other: type[Pass], cls: type[Pass]) -> bool:
+    """Whether `cls` wants to come after `other`, and `other` is not also there to tidy up behind it."""
+    tidies = other.also_after is not None and other.also_after >= cls.stage
+    return not tidies and (other.name() in cls.after or other.stage < cls.stage)
 
 
 def _ordered(classes: dict[str, type[Pass]]) -> list[str]:

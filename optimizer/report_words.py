@@ -293,6 +293,41 @@ def candidate_words(row: CandidateReport, unit: str = "") -> str:
     return "; ".join([plain(row.reason), *([", ".join(said)] if said else [])])
 
 
+def backend_words(report: Report) -> list[str]:
+    """What became of the backends that an alias stood for and that were not taken: the best answer of each."""
+    taken = next((row.backend for row in report.candidates if row.verdict == "shipped"), None)
+    others = dict.fromkeys(row.backend for row in report.candidates if row.backend not in (None, taken))
+    return [_beside_words(report, name) for name in others if name is not None and taken is not None]
+
+
+def _beside_words(report: Report, backend: str) -> str:
+    rows = [row for row in report.candidates if row.backend == backend]
+    # The first is what the others are compared with.
+    itself = report.candidates[0]
+    if itself in rows:
+        return f"{plain(backend)}: the original runs best there, and nothing beats what is shipped"
+    allowed = [
+        row for row in rows if row.drop is None or report.accuracy is None or row.drop <= report.accuracy.max_drop
+    ]
+    rates = [(rate, row) for row in allowed if (rate := _rate(report, row)) is not None]
+    if not rates:
+        return f"{plain(backend)}: {plain(rows[0].reason) or 'not measured'}"
+    rate, best = max(rates, key=lambda pair: pair[0].value or 0.0)
+    answer = plain(best.name.replace(f" on {backend}", "", 1))
+    unit = "inferences per second" if _on_gpu(report) else "inferences per CPU second"
+    return f"{plain(backend)}: at its best {with_interval(rate)} the original's {unit} ({answer})"
+
+
+def _rate(report: Report, row: CandidateReport) -> RatioFigure | None:
+    """How many times the original's inferences a candidate does, by what decides there; None where it wasn't measured."""
+    found = row.throughput_ratio if _on_gpu(report) else row.cpu_s_ratio and inverse(row.cpu_s_ratio)
+    return found if found is not None and known(found.value) is not None else None
+
+
+def _on_gpu(report: Report) -> bool:
+    return bool(report.target.get("device") == "gpu")
+
+
 def operating_point_words(side: SideFigures) -> list[tuple[str, str]]:
     """How a side was run; what was left to the backend says so."""
     point = [

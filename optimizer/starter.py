@@ -66,6 +66,7 @@ def starter(path: Path, arch: str | None, inputs: list[str], trust: bool) -> str
             "  scenario: single-stream     # or offline: throughput instead of latency",
             "  # threads: 2                # the backend's own choice otherwise",
             "  # batch: 1",
+            "  # precision: f32            # what is calculated in where the graph says float32; measured otherwise",
             "",
         ]
     )

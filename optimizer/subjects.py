@@ -139,10 +139,15 @@ def _replicas(path: Path, most: int) -> int:
     return most if MEMORY_FACTOR * size * 2 * most < memory else 1
 
 
-def _check_target(name: str, checks: Worker) -> dict[str, Any]:
+def _check_target(name: str, precision: str | None, checks: Worker) -> dict[str, Any]:
     facts = checks.call("target", name=name)
     if facts["missing"]:
         raise TargetError(f"target {name} can't be used here: {'; '.join(facts['missing'])}")
+    offered = facts["capabilities"]["floating_precisions"]
+    if precision not in (None, *offered):
+        raise TargetError(
+            f"target {name} can't be used here: it calculates in {', '.join(offered)} here, and not in {precision}"
+        )
     return facts
 
 
@@ -157,7 +162,12 @@ def _bundle(path: Path, label: str, options: Mapping[str, Any], checks: Worker) 
         raise InputError(
             f"{path} is a bundle for {target}, not for {asked}", fix=f"give its {path / 'model.onnx'}, or no --target"
         )
-    facts = _check_target(target, checks)
+    precision, saved_in = options.get("precision"), program["operating_point"].get("floating_precision")
+    if precision not in (None, saved_in) and "floating_precision" in registry.target(target).fixed_once_saved:
+        raise InputError(
+            f"{path} was compiled for {saved_in}, not for {precision}", fix=f"give its {path / 'model.onnx'}"
+        )
+    facts = _check_target(target, precision, checks)
     saved = path / registry.target(target).name()
     if not saved.is_dir():
         raise InputError(f"the bundle {path} is damaged: it has no folder {saved.name}", fix="make it anew")
@@ -216,7 +226,7 @@ def owner_of(path: Path) -> str | None:
 def _own_file(
     path: Path, label: str, options: Mapping[str, Any], target: str, checks: Worker
 ) -> tuple[Subject, str, dict[str, Any]]:
-    facts = _check_target(target, checks)
+    facts = _check_target(target, options.get("precision"), checks)
     try:
         plain = checks.call("file_signature", target=target, path=str(path))["signature"]
     except BackendError as error:
@@ -236,7 +246,7 @@ def _model(
     recipe = options_recipe(path, _only(options, (*DATA_OPTIONS, *MODEL_OPTIONS, "target")))
     # A model file is measured as it is: an alias stands for its best liked backend, whatever would be chosen for it.
     target = registry.serving(recipe.target.name)[0]
-    facts = _check_target(target, checks)
+    facts = _check_target(target, options.get("precision"), checks)
     reading = read_model(recipe, checks)
     point = _at(operating_point(recipe), options)
     subject = Subject(
@@ -261,6 +271,8 @@ def _at(point: OperatingPoint, options: Mapping[str, Any]) -> OperatingPoint:
     if {"threads", "streams"} & set(asked):
         # So many requests were right for other streams.
         point = replace(point, requests=None)
+    if options.get("precision") is not None:
+        asked["floating_precision"] = options["precision"]
     return replace(point, **asked)
 
 

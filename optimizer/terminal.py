@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from perwatt import report_table as figures
 from perwatt import report_words as words
 from perwatt.progress import Progress as Progress
-from perwatt.report_units import duration, number, plain
+from perwatt.report_units import SIZES, duration, in_units, number, plain
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -66,16 +66,13 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
         out.section("Accuracy", words.accuracy_words(report.accuracy))
         out.gap()
     out.show(_ledger(report.passes, words.drop_unit(report), verbose))
-    broken = [row.name for row in report.passes if row.status == "rolled-back"]
-    if broken:
-        out.line(
-            f"rolled back, because they broke their promise on this model: {plain(', '.join(broken))}", "bold yellow"
-        )
+    _tell_broken(out, report.passes)
     out.gap()
     out.section("Joules", words.joules_words(report))
     out.section("Ratios", words.point_words(report))
     eager = words.eager_words(report)
     out.section("torch eager", [eager] if eager else [])
+    out.section("Backends", words.backend_words(report))
     if verbose:
         _details(out, report)
     out.section("Notes", [plain(note) for note in report.notes if not note.startswith(WARNING)])
@@ -199,6 +196,14 @@ def _ledger(passes: list[PassReport], unit: str, verbose: bool) -> Table:
     return grid
 
 
+def _tell_broken(out: Output, passes: list[PassReport]) -> None:
+    broken = [row.name for row in passes if row.status == "rolled-back"]
+    if broken:
+        out.line(
+            f"rolled back, because they broke their promise on this model: {plain(', '.join(broken))}", "bold yellow"
+        )
+
+
 def _pass_details(row: PassReport) -> str:
     said = [duration(row.seconds)]
     if row.drift is not None:
@@ -233,6 +238,31 @@ def _deployment(out: Output, report: Report, bundle: Path) -> None:
     out.whole(f"Bundle{kept}: {plain(bundle)}")
     out.whole(f"  in Python:        {in_python}")
     out.whole(f"  without perwatt:  {alone}")
+
+
+# Rewritten models ------------------------------------------------------------------------------------------------
+
+
+def print_rewritten(made: Mapping[str, Any], *, verbose: bool = False, console: Console | None = None) -> None:
+    """Show what passes made of a model: `made` is `Rewritten.to_json()`."""
+    from perwatt.report import PassReport
+
+    out = Output(console)
+    before, after = (sum(made["operators"][side].values()) for side in ("before", "after"))
+    sizes = in_units([made["size_bytes"][side] for side in ("before", "after")], SIZES)
+    out.line(
+        f"{before:,} nodes → {after:,}; weights {sizes[0]} → {sizes[1]}", "bold green" if after < before else "bold"
+    )
+    for note in made["notes"]:
+        if note.startswith(WARNING):
+            out.line(plain(note), "bold yellow")
+    out.gap()
+    rows = [PassReport.model_validate(row) for row in made["passes"]]
+    out.show(_ledger(rows, "", verbose))
+    _tell_broken(out, rows)
+    out.gap()
+    out.section("Notes", [plain(note) for note in made["notes"] if not note.startswith(WARNING)])
+    out.whole(f"Model: {plain(made['path'])}")
 
 
 # Two reports ----------------------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from perwatt.artifact import Artifact
-from perwatt.contract import Context, Tolerance
+from perwatt.contract import Tolerance
 from perwatt.fusion import Builder, Fusion
 from perwatt.passes._attention import Operand, readings, unscaled, untransposed
 from perwatt.passes._attention_masks import MOST_STORED, lowest, may_be_lowest
@@ -39,17 +38,9 @@ class DecomposeAttention(Fusion):
     tolerance: ClassVar[Tolerance | None] = Tolerance(atol=1e-5, rtol=1e-4)
     roots: ClassVar[tuple[str, ...]] = ("MatMul", "Attention")
     what: ClassVar[str] = "attentions written out"
+    takes_apart: ClassVar[str | None] = "Attention"
     depends_on_target: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("fuse-attention", "cancel-transposes", "fold-scales", "remove-softmax-guards")
-
-    def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
-        if not context.capabilities.operators:
-            yield "this backend doesn't say which operators it takes whole"
-        if "Attention" in context.capabilities.operators:
-            yield "this backend runs Attention as one operator"
-
-    def ensures(self, before: Artifact, after: Artifact) -> Iterator[str]:
-        yield from ()
 
     def find(self, node: Any) -> Iterator[Match]:
         if node.op_type == "Attention":

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from perwatt.artifact import Artifact
 from perwatt.contract import Capabilities, Clock, OperatingPoint, Program, QuantizationStyle, Target, cpu_seconds
-from perwatt.errors import BackendError
+from perwatt.errors import BackendError, install_words
 from perwatt.measurement import Window
 from perwatt.signature import Batch, Signature, inferences
 from perwatt.targets._cpu import cpu_isa, usable_cpus
@@ -62,11 +62,13 @@ class Inductor(Target):
 
     def missing(self) -> list[str]:
         if find_spec("torch") is None:
-            return ["torch is not installed: pip install 'perwatt[torch]'"]
+            return [f"torch is not installed: {install_words('torch')}"]
         reasons = []
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
-            reasons.append(f"there is no C++ compiler {compiler}, which Inductor needs: apt-get install g++")
+            reasons.append(
+                f"there is no C++ compiler {compiler}, which Inductor needs (Debian, Ubuntu: apt-get install g++)"
+            )
         if self.variant != "cuda":
             return reasons
         import torch

@@ -7,11 +7,11 @@ with a context of its own; there is no queue behind them, so `requests` is the s
 
 Limits: an output whose shape depends on the data, and an input whose values decide shapes, are refused. An engine runs
 only where it was built; the bundle's model.onnx is what travels.
-
-The pieces: `_tensorrt_build` (engine), `_tensorrt_engine` (files, inspector), `_tensorrt_slot` (one call),
-`_tensorrt_load` (load), `_tensorrt_cuda` and `_tensorrt_torch` (CUDA), `_tensorrt_refusal` (errors),
-`_tensorrt_trtexec` (a script for people without perwatt).
 """
+
+# The pieces: _tensorrt_build (engine), _tensorrt_engine (files, inspector), _tensorrt_slot (one call), _tensorrt_load
+# (load), _tensorrt_cuda and _tensorrt_torch (CUDA), _tensorrt_refusal (errors), _tensorrt_trtexec (a script for people
+# without perwatt).
 
 from __future__ import annotations
 

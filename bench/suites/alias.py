@@ -7,7 +7,8 @@ backend named, every time with all passes and its own search for an operating po
 side, interleaved (`perwatt.benchmark`). Wanted: the alias's bundle takes at most 1.03 × the CPU seconds per inference of
 the best one, and no more than the budget's accuracy is lost by either, which `optimize` itself sees to. The verdict is by
 the point estimate; with several backends the best of them is partly luck, so the interval is told beside it. Where the
-alias chose the same backend at the same point, what is left is the noise between two processes.
+alias's bundle and another hold the same program byte for byte at the same operating point, their ratio is the noise between
+two processes: it is told, marked `same program`, and decides nothing.
 
 Where weights are random, accuracy says nothing and its budget is left open. A backend that is missing or fails is named
 with its reason. Writes bench/results/alias.json after each model (what a run leaves out stays as it was), prints a table
@@ -17,9 +18,11 @@ in Markdown, exits 1 where the alias missed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,15 @@ def run_case(
     return told
 
 
+def program_of(bundle: perwatt.Bundle) -> str:
+    """A digest of what the bundle runs and how: its program's files, and its operating point."""
+    folder = bundle.program["target"].partition(":")[0]
+    files = {name: digest for name, digest in bundle.lock["outputs"].items() if name.startswith(f"{folder}/")}
+    assert files, f"{bundle.path} lists no files of its program"
+    plain = json.dumps([bundle.program["target"], files, bundle.program["operating_point"]], sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
 def _optimized(
     model: Path, target: str, out: Path, scenario: str, options: dict[str, Any], reuse: bool
 ) -> perwatt.Bundle:
@@ -123,7 +135,9 @@ def side_by_side(bundles: dict[str, perwatt.Bundle], time_s: float | None) -> di
         if target != ALIAS and (ratio := subject.ratio_to_first[FIGURE]).value
     }
     floor = report.noise_floor.get(FIGURE)
-    return {"figures": figures, "noise_floor": floor, "disturbed": report.disturbed, **judged(ratios)}
+    programs = {target: program_of(bundle) for target, bundle in bundles.items()}
+    same = [target for target in ratios if programs[target] == programs[ALIAS]]
+    return {"figures": figures, "noise_floor": floor, "disturbed": report.disturbed, **judged(ratios, same)}
 
 
 def turned(ratio: Any) -> dict[str, float | None]:
@@ -131,15 +145,18 @@ def turned(ratio: Any) -> dict[str, float | None]:
     return {"value": 1 / ratio.value, "low": ratio.high and 1 / ratio.high, "high": ratio.low and 1 / ratio.low}
 
 
-def judged(ratios: dict[str, dict[str, float | None]]) -> dict[str, Any]:
-    """The best backend by the highest ratio of the alias's bundle to it, and whether the alias is near enough."""
+def judged(ratios: dict[str, dict[str, float | None]], same: Sequence[str] = ()) -> dict[str, Any]:
+    """The best backend by the highest ratio of the alias's bundle to it, and whether the alias is near enough; `same` are
+    those whose bundle holds the alias's own program."""
     if not ratios:
         return {"alias_to": {}, "verdict": "not measured"}
     best = max(ratios, key=lambda target: ratios[target]["value"] or 0.0)
     highest = ratios[best]["value"] or 0.0
+    deciding = max((ratio["value"] or 0.0 for target, ratio in ratios.items() if target not in same), default=0.0)
     return {
         "alias_to": ratios, "alias_to_best": ratios[best], "best": best if highest > 1 else ALIAS,
-        "verdict": "holds" if highest <= WITHIN else "missed",
+        "same_program": list(same),
+        "verdict": "holds" if deciding <= WITHIN else "missed",
     }  # fmt: skip
 
 
@@ -162,7 +179,8 @@ def table(results: dict[str, Any]) -> str:
                 cells.append(f"{1e3 * value:.4f}" if value else "failed" if target in its["failed"] else "–")
             ratio = its.get("alias_to_best")
             cells.append(f"{ratio['value']:.3f}{_interval(ratio)}" if ratio else "–")
-            cells.append(its.get("verdict", "not measured"))
+            same = ratio is not None and [t for t in its.get("same_program", ()) if its["alias_to"][t] == ratio]
+            cells.append(its.get("verdict", "not measured") + (" (same program)" if same else ""))
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -109,7 +109,10 @@ def test_no_difference_beyond_the_noise_still_says_how_much_there_is() -> None:
     two = a_bench(base, same, energy=NO_ENERGY)
     assert first(two) == "no difference beyond the noise: b 1.00× [0.99, 1.01] the CPU time of a"
     three = a_bench(base, slower, same, energy=NO_ENERGY)
-    assert first(three) == "no difference beyond the noise: the best, b, 1.00× [0.99, 1.01] the CPU time of a"
+    assert (
+        first(three)
+        == "no difference beyond the noise: b, the best of the others, 1.00× [0.99, 1.01] the CPU time of a"
+    )
 
 
 def test_too_little_to_tell_or_to_compare_is_said() -> None:

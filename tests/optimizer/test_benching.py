@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import perwatt
 from perwatt.bench.capacity import Try
-from perwatt.benching import _joules_at_capacity, _try_words
+from perwatt.benching import _joules_at_capacity, _scenario_words, _try_words
+from perwatt.contract import OperatingPoint
 from perwatt.headline_words import headline
 from perwatt.measurement import Window
 
@@ -133,3 +135,15 @@ def test_there_are_no_joules_at_no_capacity() -> None:
 )
 def test_a_try_tells_its_rate_its_p99_and_how_it_ended(latency_ms: float, ok: bool, said: str) -> None:
     assert _try_words(Try(412.3, latency_ms, 0.0, 1000, 1, ok), bound_ms=20.0) == said
+
+
+def test_bundles_that_are_loaded_in_different_ways_are_told() -> None:
+    a, b = (
+        SimpleNamespace(label=label, point=OperatingPoint(scenario=scenario))
+        for label, scenario in (("a", "single-stream"), ("b", "offline"))
+    )
+    said = (
+        "not loaded alike (a single-stream, b offline): ratios compare scenarios too; --scenario loads all in one way"
+    )
+    assert _scenario_words([a, b]) == [said]
+    assert _scenario_words([a, a]) == _scenario_words([b]) == []

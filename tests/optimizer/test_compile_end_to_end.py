@@ -9,12 +9,13 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 
 import perwatt
 from perwatt import recipe as recipes
 from perwatt.bundle import LOCK, Bundle, digest_of
-from perwatt.errors import InputError
+from perwatt.errors import InputError, TargetError
 from perwatt.report import schema
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -132,6 +133,47 @@ def test_the_recipe_in_the_bundle_gives_the_same_recipe_back(made, here: Path) -
     assert parsed.data.metric == "top1" and parsed.budget.max_drop == 100 and parsed.passes != "default"
     shown = optimize("--config", path, "--dry-run", "--json", "--out", here / "again", cwd=here)
     assert json.loads(shown.stdout)["recipe"] == made[0].lock["recipe"]
+
+
+def test_a_precision_that_is_asked_for_is_the_only_one_tried(here: Path) -> None:
+    bundle = perwatt.optimize(
+        here / "net.onnx", target="openvino", data=here / "samples.npz", out=here / "f32", precision="f32",
+        passes="fold-batchnorm", time="20s",
+    )  # fmt: skip
+    report = assert_complete(bundle)
+    assert {candidate["floating_precision"] for candidate in report["candidates"]} == {"f32"}
+    assert bundle.program["operating_point"]["floating_precision"] == "f32"
+    with pytest.raises(TargetError, match="null can't be used here: it calculates in f32 here, and not in bf16"):
+        perwatt.optimize(here / "net.onnx", target="null", precision="bf16", out=here / "none")
+    # No GPU could finish a bundle in a precision that its backend doesn't have.
+    with pytest.raises(TargetError, match="target tensorrt can't be used here"):
+        perwatt.optimize(here / "net.onnx", target="tensorrt", precision="bf16", out=here / "none")
+    assert not (here / "none").exists()
+    with pytest.raises(TargetError, match="null can't be used here: it calculates in f32 here, and not in bf16"):
+        perwatt.benchmark(here / "net.onnx", target="null", precision="bf16")
+
+
+def test_a_precision_without_labelled_samples_is_warned_of(here: Path) -> None:
+    bundle = perwatt.optimize(
+        here / "net.onnx", target="openvino", out=here / "half", precision="bf16", passes="fold-batchnorm", time="15s",
+        tune=False,
+    )  # fmt: skip
+    assert {candidate["floating_precision"] for candidate in bundle.report["candidates"]} == {"bf16"}
+    assert any(note.startswith("warning: accuracy in bf16 was not judged") for note in bundle.report["notes"])
+
+
+def test_an_order_that_hides_work_and_a_batch_that_is_fixed_are_noted(here: Path) -> None:
+    model = onnx.load(here / "net.onnx")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, here / "fixed.onnx")
+    notes = perwatt.optimize(
+        here / "fixed.onnx", target="null", out=here / "fixed", scenario="offline", passes="fold-batchnorm,fold-shapes"
+    ).report["notes"]
+    assert "fold-batchnorm stands before fold-shapes, after which it finds more" in notes
+    assert any(
+        note.startswith("the model fixes its batch at 1, so no other number of items in a call") for note in notes
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33])

@@ -53,7 +53,8 @@ def test_data_files_beside_modules_are_in_the_wheel() -> None:
 def test_the_public_names_are_these() -> None:
     assert sorted(perwatt.__all__) == [
         "Artifact", "BackendError", "BenchReport", "Bundle", "GateReport", "InputError", "Model", "PerwattError", "Reading",
-        "Recipe", "TargetError", "UntrustedCodeError", "benchmark", "gate", "load", "optimize", "read",
+        "Recipe", "Rewritten", "TargetError", "UntrustedCodeError", "benchmark", "gate", "load", "optimize", "read",
+        "rewrite",
     ]  # fmt: skip
     assert dir(perwatt) == sorted([*perwatt.__all__, "__version__"])
 

@@ -19,7 +19,7 @@ FULL = {
                "memory": 500_000_000},
     "passes": ["fold-batchnorm", {"quantize-int8": {"exclude": ["/a/*"]}},
                {"one-of": ["cast-half", {"quantize-int8": {"subset_size": 8}}]}],
-    "target": {"name": "cpu", "threads": 2, "scenario": "offline", "batch": 32, "tune": False, "on": "ssh://me@there",
+    "target": {"name": "cpu", "threads": 2, "scenario": "offline", "batch": 32, "precision": "f32", "tune": False, "on": "ssh://me@there",
                "allow_power_control": False},
     "seed": 7,
 }  # fmt: skip

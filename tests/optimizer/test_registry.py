@@ -9,15 +9,15 @@ from typing import ClassVar, Literal
 import pytest
 from jsonschema import Draft202012Validator
 
-from perwatt import passes, registry, targets
+from perwatt import catalogue, passes, registry, targets
 from perwatt.contract import Pass, Stage, Target
 from perwatt.errors import InputError, PerwattError
 from perwatt.passes.quantize_int8 import QuantizeInt8
 from perwatt.recipe import OneOf, PassStep, parse
 
 CLEAN = [
-    "fold-shapes", "fold-constants", "common-subexpression", "remove-dead", "simplify-arithmetic", "cancel-casts",
-    "cancel-transposes", "move-transposes", "unflatten-gemm", "cancel-reshapes",
+    "fold-shapes", "fold-constants", "common-subexpression", "remove-dead", "decompose-einsum", "simplify-arithmetic",
+    "cancel-casts", "cancel-transposes", "move-transposes", "unflatten-gemm", "cancel-reshapes",
 ]  # fmt: skip
 TIDY = ["cancel-reshapes", "common-subexpression", "remove-dead"]
 """What runs once more after fusing."""
@@ -156,6 +156,35 @@ def test_a_broken_package_of_somebody_elses_harms_only_who_names_it(entries):
     assert "broken" not in str(registry.recipe_schema())
     with pytest.raises(InputError, match="'broken' of no_such_module_here:P can't be loaded"):
         registry.pass_class("broken")
+    told = catalogue.all_passes()[-1]
+    assert told["name"] == "broken" and "can't be loaded: ModuleNotFoundError" in told["problem"]
+    assert "✗ 'broken' of no_such_module_here:P can't be loaded" in catalogue.as_text(catalogue.all_passes())
+
+
+def test_passes_are_listed_in_the_order_in_which_they_run():
+    listed = [entry["name"] for entry in catalogue.all_passes()]
+    assert sorted(listed) == registry.names("passes")
+    runs = [one.name for step in registry.default_steps(True) for one in getattr(step, "steps", [step])]
+    default = [entry["name"] for entry in catalogue.all_passes() if entry["default"]]
+    assert default == list(dict.fromkeys(runs))
+    stages = [Stage[entry["stage"].upper()] for entry in catalogue.all_passes()]
+    assert stages == sorted(stages)
+
+
+def test_steps_that_stand_before_what_prepares_models_for_them_are_told():
+    def told(*names):
+        return registry.out_of_order([PassStep(name=name) for name in names])
+
+    assert registry.out_of_order(registry.default_steps(True)) == []
+    assert told("fuse-attention", "cancel-casts") == [
+        "fuse-attention stands before cancel-casts, after which it finds more"
+    ]
+    assert told("decompose-attention", "fuse-attention", "fold-shapes") == [
+        "decompose-attention stands before fold-shapes, fuse-attention, after which it finds more",
+        "fuse-attention stands before fold-shapes, after which it finds more",
+    ]
+    # What tidies up behind it may stand behind it alone.
+    assert told("fuse-gelu", "remove-dead") == told("remove-dead", "fuse-gelu", "remove-dead") == []
 
 
 @pytest.mark.parametrize("name", ["remove-dead", "theirs"])

@@ -93,6 +93,25 @@ def test_every_pass_has_its_line_with_its_reason() -> None:
     assert "accuracy 0.1 points worse" in " ".join(text.split())
 
 
+def test_backends_that_were_not_taken_are_told_with_their_best_answer() -> None:
+    assert "Backends" not in shown(a_report())
+    found = [row.model_copy(update={"backend": "openvino"}) for row in a_report().candidates]
+    twice, thrice = (
+        found[1].model_copy(
+            update={"backend": "onnxruntime", "name": f"{kind} on onnxruntime", "cpu_s_ratio": RatioFigure(value=value)}
+        )
+        for kind, value in (("int8", 2.0), ("f32", 3.0))
+    )
+    refused = found[2].model_copy(update={"backend": "inductor", "reason": "it lacks Foo", "cpu_s_ratio": None})
+    lossy = twice.model_copy(update={"cpu_s_ratio": RatioFigure(value=0.5), "drop": 30.0})
+    text = " ".join(shown(a_report(candidates=[*found, thrice, twice, lossy, refused]), width=160).split())
+    assert "Backends onnxruntime: at its best 0.50× the original's inferences per CPU second (int8) inductor" in text
+    assert "inductor: it lacks Foo" in text
+    first = found[1].model_copy(update={"backend": "onnxruntime", "cpu_s_ratio": None})
+    text = shown(a_report(candidates=[first, found[0], twice]), width=160)
+    assert "onnxruntime: the original runs best there, and nothing beats what is shipped" in text
+
+
 def test_joules_say_how_they_were_come_by() -> None:
     text = shown(a_report(), width=120)
     assert "Joules      modelled, boundary package: CPU seconds × 2.50 W for one busy core" in text

@@ -76,7 +76,9 @@ def test_a_machine_without_cuda_says_so_with_what_mends_it():
 
 def test_a_machine_without_a_compiler_says_so_with_what_mends_it(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert TARGET.missing() == ["there is no C++ compiler no-such-compiler, which Inductor needs: apt-get install g++"]
+    assert TARGET.missing() == [
+        "there is no C++ compiler no-such-compiler, which Inductor needs (Debian, Ubuntu: apt-get install g++)"
+    ]
 
 
 def test_knobs_are_fields_of_an_operating_point_and_start_with_what_is_asked_for():

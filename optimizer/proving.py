@@ -1,0 +1,83 @@
+"""The pipeline of one run: what passes may ask for, and how they are proved, wired to the worker that does it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from perwatt.artifact import Artifact
+from perwatt.contract import Capabilities, Context, Pass
+from perwatt.data import Samples
+from perwatt.errors import PerwattError
+from perwatt.isolation import Worker
+from perwatt.pipeline import Pipeline, Proof
+from perwatt.preparation import Opened
+from perwatt.recipe import Recipe
+from perwatt.signature import Batch
+from perwatt.worker import load_outputs
+
+FOR_PASSES = ("calibrate", "learn", "select")
+"""Roles of samples that a pass may see. What judges the result is not among them."""
+
+
+def open_pipeline(
+    recipe: Recipe,
+    opened: Opened,
+    folder: Path,
+    checks: Worker,
+    progress: Callable[[str], None],
+    measure: Callable[[Sequence[Artifact]], list[float]],
+    deadline: float | None = None,
+) -> Pipeline:
+    """The pipeline from the model as read, for no target yet (`Pipeline.for_target`). Models, samples and outputs that
+    pass between processes lie in `folder`; `deadline` is in `time.monotonic()` seconds."""
+    samples, saved = opened.samples, opened.saved
+
+    def execute(artifact: Artifact, batches: Samples, taps: Sequence[str]) -> list[Batch]:
+        where = batches.save(folder / f"batches-{batches.digest()[:16]}")
+        return reference(artifact, where, taps)
+
+    def reference(artifact: Artifact, where: Path, taps: Sequence[str] = ()) -> list[Batch]:
+        out = folder / f"reference-{artifact.digest()[:16]}-{where.name}-{len(taps)}"
+        checks.call("reference", model=str(artifact.file(folder)), samples=str(where), out=str(out), taps=list(taps))
+        return load_outputs(out)
+
+    def run_isolated(made_by: Pass, artifact: Artifact, capabilities: Capabilities) -> tuple[Artifact, list[str]]:
+        answer = checks.call(
+            "run_pass",
+            step={"name": made_by.name(), "settings": made_by.settings()},
+            model=str(artifact.file(folder)),
+            roles={role: str(where) for role, where in saved.items() if role in FOR_PASSES},
+            capabilities=asdict(capabilities),
+            budget=recipe.budget.model_dump(),
+            seed=recipe.seed,
+            folder=str(folder),
+            **({} if deadline is None else {"timeout_s": max(1.0, deadline - time.monotonic())}),
+        )
+        same = answer["model"] == str(artifact.file(folder))
+        return (artifact if same else Artifact.load(answer["model"])), answer["changes"]
+
+    def roles(role: str) -> Samples:
+        if role not in FOR_PASSES or role not in samples:
+            raise PerwattError(f"there are no samples for {role!r} that a pass may see")
+        return samples[role]
+
+    context = Context(
+        samples=roles,
+        capabilities=Capabilities(),
+        budget=recipe.budget,
+        seed=recipe.seed,
+        deadline=deadline,
+        progress=progress,
+        execute=execute,
+        measure=measure,
+    )
+    proof = Proof(
+        check=lambda artifact: checks.call("check", model=str(artifact.file(folder)))["problems"],
+        reference=lambda artifact: reference(artifact, saved["check"]),
+        run_isolated=run_isolated,
+        reference_on=reference,
+    )
+    return Pipeline(opened.source, context, proof)
