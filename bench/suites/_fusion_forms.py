@@ -219,6 +219,65 @@ def gated_merged(graph: Graph) -> str:
     return str(graph.op("Mul", swish_pieces(graph, gate), aside))
 
 
+TOKENS, CUT, SHIFT = 96, 7, 3
+"""Swin-tiny's first stage: width, and side and shift of a window."""
+MIXED = normal(TOKENS, TOKENS, scale=0.1)
+
+
+def windows_step_by_step(graph: Graph) -> str:
+    """As torch writes roll, and transformers window_partition."""
+    x = graph.op("Reshape", graph.op("Relu", "x"), np.int64([0, SIDE, SIDE, TOKENS]))
+    for axis in (1, 2):
+        late = graph.op("Slice", x, np.int64([SHIFT]), np.int64([SIDE]), np.int64([axis]))
+        x = graph.op(
+            "Concat", late, graph.op("Slice", x, np.int64([0]), np.int64([SHIFT]), np.int64([axis])), axis=axis
+        )
+    x = graph.op("Reshape", x, np.int64([-1, SIDE // CUT, CUT, SIDE // CUT, CUT, TOKENS]))
+    x = graph.op("Transpose", x, perm=[0, 1, 3, 2, 4, 5])
+    return str(graph.op("MatMul", graph.op("Reshape", x, np.int64([-1, CUT * CUT, TOKENS])), MIXED))
+
+
+def windows_at_once(graph: Graph) -> str:
+    places = np.roll(np.arange(SIDE * SIDE).reshape(SIDE, SIDE), (-SHIFT, -SHIFT), (0, 1))
+    order = places.reshape(SIDE // CUT, CUT, SIDE // CUT, CUT).transpose(0, 2, 1, 3).reshape(-1)
+    x = graph.op("Gather", graph.op("Relu", "x"), order, axis=1)
+    return str(graph.op("MatMul", graph.op("Reshape", x, np.int64([-1, CUT * CUT, TOKENS])), MIXED))
+
+
+KERNELS = [normal(WIDTH, HEADS, SIZE, scale=0.03) for _ in "qkv"]
+TOGETHER = normal(HEADS, SIZE, WIDTH, scale=0.03)
+
+
+def keras_attention(product: Callable[[Graph, str, Any, Any], Any]) -> Form:
+    """Keras' MultiHeadAttention; `product` writes one Einsum."""
+
+    def form(graph: Graph) -> str:
+        query, key, value = (product(graph, "abc,cde->abde", "x", kernel) for kernel in KERNELS)
+        scores = product(graph, "aecd,abcd->acbe", key, graph.op("Mul", query, SIZE**-0.5))
+        found = product(graph, "acbe,aecd->abcd", graph.op("Softmax", scores, axis=-1), value)
+        return str(product(graph, "abcd,cde->abe", found, TOGETHER))
+
+    return form
+
+
+def as_einsum(graph: Graph, equation: str, first: Any, second: Any) -> Any:
+    return graph.op("Einsum", first, second, equation=equation)
+
+
+def as_product(graph: Graph, equation: str, first: Any, second: Any) -> Any:
+    """What `decompose-einsum` and the passes behind it make of these four."""
+    if equation == "abc,cde->abde":
+        flat = graph.op("MatMul", first, second.reshape(WIDTH, WIDTH))
+        return graph.op("Reshape", flat, np.int64([0, 0, HEADS, SIZE]))
+    if equation == "aecd,abcd->acbe":
+        key = graph.op("Transpose", graph.op("Transpose", first, perm=[0, 2, 1, 3]), perm=[0, 1, 3, 2])
+        return graph.op("MatMul", graph.op("Transpose", second, perm=[0, 2, 1, 3]), key)
+    if equation == "acbe,aecd->abcd":
+        found = graph.op("MatMul", first, graph.op("Transpose", second, perm=[0, 2, 1, 3]))
+        return graph.op("Transpose", found, perm=[0, 2, 1, 3])
+    return graph.op("MatMul", graph.op("Reshape", first, np.int64([0, 0, -1])), second.reshape(WIDTH, WIDTH))
+
+
 def cases() -> dict[str, tuple[dict[str, Any], dict[str, Form]]]:
     """Title → (inputs, forms)."""
     wide = {"x": normal(BATCH, SEQUENCE, WIDTH)}
@@ -256,6 +315,12 @@ def cases() -> dict[str, tuple[dict[str, Any], dict[str, Form]]]:
         "gelu (tanh) between products": (words_in, {
             "pieces": between_products(gelu_pieces), "Gelu": between_products(gelu_whole),
         }),
+        "shift and windows": ({"x": normal(BATCH, SIDE * SIDE, TOKENS)}, {
+            "step by step": windows_step_by_step, "one Gather": windows_at_once,
+        }),
+        "attention by Keras": (wide, {
+            "Einsum": keras_attention(as_einsum), "products": keras_attention(as_product),
+        }),
         "gate and up projections": (wide, {"two products": gated_apart, "one product": gated_merged}),
     }  # fmt: skip
 
@@ -263,10 +328,11 @@ def cases() -> dict[str, tuple[dict[str, Any], dict[str, Form]]]:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def forms(sides: Sequence[str], effort: Effort, folder: Path) -> dict[str, Any]:
-    """Every case on every side, one thread: the ratio of each form's CPU seconds to the first one's, or why there is none."""
+def forms(titles: Sequence[str], sides: Sequence[str], effort: Effort, folder: Path) -> dict[str, Any]:
+    """These cases on every side, one thread: the ratio of each form's CPU seconds to the first one's, or why there is none."""
     result: dict[str, Any] = {}
-    for number, (title, (inputs, its)) in enumerate(cases().items()):
+    chosen = {title: case for title, case in cases().items() if title in titles}
+    for number, (title, (inputs, its)) in enumerate(chosen.items()):
         np.savez(folder / f"{number}.npz", **inputs)
         samples = fed(folder / f"{number}.npz", folder / f"samples-{number}")
         paths = {}

@@ -1,6 +1,7 @@
 """What fusion makes of eleven architectures: nodes beside other optimizers', matches, and what it brings in speed.
 
-    python fusion.py [--parts counts,direct,patterns,forms] [--models bert-base,…] [--full] [--rounds 12] [--seconds 1] [--quick]
+    python fusion.py [--parts counts,direct,patterns,forms] [--models bert-base,…] [--forms attention,…] [--full]
+                     [--rounds 12] [--seconds 1] [--quick]
 
 Four parts, three of them on the architectures of fusion_models.py:
 
@@ -100,7 +101,7 @@ def run_part(part: str, name: str, options: argparse.Namespace, kept: dict[str, 
         kept.setdefault(part, {})[name] = _fusion_speed.direct(name, options.precisions, effort, folder)
     elif part == "forms":
         sides = [side for side in options.sides if side in _fusion_forms.SIDES]
-        kept[part] = _fusion_forms.forms(sides, effort, folder)
+        kept.setdefault(part, {}).update(_fusion_forms.forms(options.forms, sides, effort, folder))
     elif part == "patterns":
         _fusion_speed.patterns(name, options.sides, options.passes, kept.setdefault(part, {}), effort, folder)
 
@@ -146,7 +147,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     lists: dict[str, tuple[str, ...]] = {
         "parts": PARTS, "models": tuple(fusion_models.ALL), "exporters": EXPORTERS, "attentions": ("sdpa", "eager"),
-        "precisions": ("bf16", "f32"), "sides": _fusion_speed.SIDES,
+        "precisions": ("bf16", "f32"), "sides": _fusion_speed.SIDES, "forms": tuple(_fusion_forms.cases()),
     }  # fmt: skip
     for words, known in lists.items():
         parser.add_argument(f"--{words}", default=",".join(known), help=f"among {', '.join(known)}")
