@@ -24,6 +24,7 @@ HALF_EPSILON = {"FLOAT16": 2.0**-10, "BFLOAT16": 2.0**-7}
 ROUNDINGS = 16
 """Roundings of the type, of values as large as the outputs' RMS, that a pass may shift in a model that calculates in half."""
 
+OUT_OF_TIME = "out of time"
 Status = Literal["applied", "unchanged", "refused", "rolled-back", "not-chosen"]
 
 
@@ -97,7 +98,7 @@ class Pipeline:
     def step(self, artifact: Artifact, made_by: Pass) -> tuple[Artifact, Row]:
         """One pass: run it, check it, keep it or roll it back. The same step asked for again gives the same row."""
         if self.context.deadline is not None and time.monotonic() > self.context.deadline:
-            return artifact, Row(made_by.name(), made_by.settings(), "refused", "out of time")
+            return artifact, Row(made_by.name(), made_by.settings(), "refused", OUT_OF_TIME)
         # A pass that doesn't say that it depends on the target sees none, so that its result serves them all.
         capabilities = self.context.capabilities if made_by.depends_on_target else Capabilities()
         key = repr((artifact.digest(), made_by, capabilities))

@@ -165,7 +165,10 @@ def _in_precision(usable: list[Backend], precision: str | None, missing: dict[st
     for backend in usable:
         offered = backend.capabilities.floating_precisions
         if precision in offered:
-            kept.append(replace(backend, capabilities=replace(backend.capabilities, floating_precisions=(precision,))))
+            # Nothing in half means casts in the graph neither.
+            half = () if precision == "f32" else backend.capabilities.half_types
+            only = replace(backend.capabilities, floating_precisions=(precision,), half_types=half)
+            kept.append(replace(backend, capabilities=only))
         else:
             missing[backend.name] = [f"it calculates in {', '.join(offered)} here, and not in {precision}"]
     return kept

@@ -25,7 +25,7 @@ from perwatt.errors import BackendError, InputError
 from perwatt.isolation import Worker, workspace
 from perwatt.pipeline import Row
 from perwatt.place import Place
-from perwatt.preparation import Progress, first_row, open_eager, open_model, source_outputs, usable_backends
+from perwatt.preparation import Opened, Progress, first_row, open_eager, open_model, source_outputs, usable_backends
 from perwatt.proving import open_pipeline
 from perwatt.recipe import OneOf, PassStep, Recipe
 
@@ -66,6 +66,7 @@ def rewrite_model(
     where = Path(out) if out is not None else Path(f"{model_name(recipe)}-rewritten.onnx")
     _check_file(where, force, inputs_of(recipe))
     steps, notes = _straight(recipe)
+    notes += _form_words(recipe)
     with full_disk_explained(), workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         folder = Path(scratch)
         capabilities = _capabilities(recipe, checks)
@@ -85,7 +86,7 @@ def rewrite_model(
         after, rows = pipeline.for_target(capabilities).run(opened.source, [registry.bind(step) for step in steps])
         progress(f"writing {where}", 0.97)
         _write(after, where)
-    notes = [*opened.notes, *notes, *registry.out_of_order(steps), *_not_judged(rows)]
+    notes = [*_proof_words(opened), *notes, *registry.out_of_order(steps), *_not_judged(rows)]
     return Rewritten(
         where, _without_scratch(opened.source, folder), copy_with_path(after, where), [row, *rows],
         list(dict.fromkeys(notes)),
@@ -103,8 +104,25 @@ def _straight(recipe: Recipe) -> tuple[list[PassStep], list[str]]:
             left.append(step.name)
         else:
             kept.append(step)
-    why = "which only measuring can decide on (optimize MODEL, or list it in --passes)"
+    why = "which only measuring can decide on (optimize MODEL; --passes with all passes by name runs it here)"
     return kept, [f"left out: {names}, {why}" for names in left]
+
+
+def _proof_words(opened: Opened) -> list[str]:
+    """What the passes were proved on, and what was said of the data."""
+    items = len(opened.samples["check"])
+    if opened.roles.calibrate is None and opened.roles.select is None and opened.roles.confirm is None:
+        return [f"no data: each pass was proved on {items} synthetic samples"]
+    return [f"each pass was proved on {items} samples", *opened.notes]
+
+
+def _form_words(recipe: Recipe) -> list[str]:
+    """Why an operator may not have been put in although a backend has it."""
+    if recipe.target.name not in registry.ALIASES:
+        return []
+    return [
+        "no backend was named, so nothing was put in that some lack, as Attention: --target onnxruntime gives its form"
+    ]
 
 
 def _not_judged(rows: Sequence[Row]) -> list[str]:

@@ -29,7 +29,7 @@ from perwatt.errors import BackendError, PerwattError
 from perwatt.finals import AT_POINT, Finals
 from perwatt.judging import Judge, p99_ms
 from perwatt.measuring import Effort
-from perwatt.pipeline import Row
+from perwatt.pipeline import OUT_OF_TIME, Row
 from perwatt.screening import Screening
 from perwatt.setup import Setup
 from perwatt.sides import Side
@@ -114,6 +114,9 @@ class Study:
         result.rows = ledger(every, result.winner, [*found, *chosen])
         result.front = next((front for c, front in self.fronts if _same_program(c, result.winner)), None)
         result.notes = [*self.screening.notes, *self.notes, *result.notes]
+        late = sum(row.reason == OUT_OF_TIME for row in result.rows)
+        if late and result.outcome == "unchanged":
+            result.reason = f"out of time: {late} of {len(result.rows)} passes were not run (--time); {result.reason}"
         return result
 
     def _out_of_time(self) -> bool:

@@ -261,6 +261,12 @@ def print_rewritten(made: Mapping[str, Any], *, verbose: bool = False, console: 
     out.show(_ledger(rows, "", verbose))
     _tell_broken(out, rows)
     out.gap()
+    moved = [row.drift_from_original for row in rows if row.status == "applied" and row.drift_from_original is not None]
+    if moved:
+        last = moved[-1]
+        out.line(
+            f"Outputs are off the original's by at most {number(last.max_abs)} ({number(last.relative)} of their RMS)."
+        )
     out.section("Notes", [plain(note) for note in made["notes"] if not note.startswith(WARNING)])
     out.whole(f"Model: {plain(made['path'])}")
 

@@ -5,8 +5,8 @@
 Swin shifts its pictures by half a window (two slices and a concatenation for each axis: torch's roll), cuts them into windows (a
 reshape, a transpose, a reshape), and does all that backwards behind the attention; between its stages it picks every second
 row and column (four strided slices and a concatenation). Each step copies everything; put together they are a
-permutation of whole vectors [C], known beforehand, and one copy. Shift and windows of Swin-tiny's first stage in 0.62 to
-0.7 times the CPU time, with the product behind them, in OpenVINO and ONNX Runtime.
+permutation of whole vectors [C], known beforehand, and one copy. Shift and windows of Swin-tiny's first stage take 0.62
+times the CPU time, the product behind them included, in OpenVINO and ONNX Runtime (docs/fusion.md).
 
 It pays from two copies on; a single transpose is as good as a Gather. Left where lengths behind the first axis aren't
 known, where vectors are shorter than 16 or are taken apart, and where items of a batch would mix.

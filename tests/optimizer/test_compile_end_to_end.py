@@ -138,9 +138,10 @@ def test_the_recipe_in_the_bundle_gives_the_same_recipe_back(made, here: Path) -
 def test_a_precision_that_is_asked_for_is_the_only_one_tried(here: Path) -> None:
     bundle = perwatt.optimize(
         here / "net.onnx", target="openvino", data=here / "samples.npz", out=here / "f32", precision="f32",
-        passes="fold-batchnorm", time="20s",
+        passes="fold-batchnorm,cast-half", time="20s",
     )  # fmt: skip
     report = assert_complete(bundle)
+    assert row(report, "cast-half")["status"] == "refused"
     assert {candidate["floating_precision"] for candidate in report["candidates"]} == {"f32"}
     assert bundle.program["operating_point"]["floating_precision"] == "f32"
     with pytest.raises(TargetError, match="null can't be used here: it calculates in f32 here, and not in bf16"):

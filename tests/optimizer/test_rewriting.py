@@ -70,6 +70,9 @@ def test_the_form_follows_the_target(here: Path) -> None:
         for target in ("cpu", "openvino", "onnxruntime")
     }
     assert forms == {"cpu": ["Sigmoid", "Mul"], "openvino": ["Swish"], "onnxruntime": ["Sigmoid", "Mul"]}
+    alone = perwatt.rewrite(model, target="openvino", out="again.onnx").notes
+    assert alone[0] == "no data: each pass was proved on 16 synthetic samples"
+    assert not any("no backend was named" in note for note in alone)
 
 
 def test_lossy_passes_run_where_they_are_listed_and_a_warning_says_so(here: Path) -> None:
@@ -83,6 +86,8 @@ def test_the_command_tells_nodes_and_passes_and_json_has_them(here: Path) -> Non
     shown = optimize("rewrite", "net.onnx", "--data", "samples.npz", "--out", "out.onnx", cwd=here)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("6 nodes → 5; weights 560 B → 464 B")
+    assert "Outputs are off the original's by at most " in shown.stdout
+    assert "each pass was proved on 16 samples" in shown.stdout and "no backend was named" in shown.stdout
     assert "✓ fold-batchnorm" in shown.stdout and shown.stdout.endswith("Model: out.onnx\n")
     again = optimize("rewrite", "net.onnx", "--data", "samples.npz", "--out", "out.onnx", "--force", "--json", cwd=here)
     plain = json.loads(again.stdout)
