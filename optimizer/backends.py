@@ -48,6 +48,13 @@ ASK_TIMEOUT_S = 120.0
 """A backend that takes longer to say what it is hangs: the others are asked."""
 
 
+def precision_refusal(offered: Sequence[str], precision: str | None) -> str | None:
+    """Why a backend that offers these floating precisions can't do what is asked for; None where it can."""
+    if precision in (None, *offered):
+        return None
+    return f"it calculates in {', '.join(offered)} here, and not in {precision}"
+
+
 def ask(names: Sequence[str], point: OperatingPoint, checks: Worker) -> tuple[list[Backend], dict[str, list[str]]]:
     """The targets among `names` that can be used at `point`, and why the others can't. One that crashes when it is asked
     is one that can't."""

@@ -8,16 +8,13 @@ from typing import Any
 
 from perwatt import registry
 from perwatt.contract import Pass
-from perwatt.recipe import OneOf
 
 
 def all_passes() -> list[dict[str, Any]]:
     """Every pass: name, stage, whether it is in `default`, one line; stage by stage, those of `default` first and in the
     order in which they run. Then those of other packages that can't be loaded, with the `problem`."""
     classes = registry.loadable_passes()
-    steps = [
-        one.name for step in registry.default_steps(True) for one in (step.steps if isinstance(step, OneOf) else [step])
-    ]
+    steps = registry.names_in(registry.default_steps(True))
     runs = {name: position for position, name in reversed(list(enumerate(steps)))}
     order = sorted(classes, key=lambda name: (classes[name].stage, runs.get(name, len(steps)), name))
     broken = registry.broken_passes()

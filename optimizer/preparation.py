@@ -10,7 +10,7 @@ from pathlib import Path
 
 from perwatt import datasets, metrics, registry
 from perwatt.artifact import Artifact
-from perwatt.backends import Backend, ask
+from perwatt.backends import Backend, ask, precision_refusal
 from perwatt.bundle import is_bundle
 from perwatt.contract import Capabilities, OperatingPoint, Tolerance
 from perwatt.data import Samples
@@ -163,14 +163,13 @@ def _in_precision(usable: list[Backend], precision: str | None, missing: dict[st
         return usable
     kept = []
     for backend in usable:
-        offered = backend.capabilities.floating_precisions
-        if precision in offered:
-            # Nothing in half means casts in the graph neither.
-            half = () if precision == "f32" else backend.capabilities.half_types
-            only = replace(backend.capabilities, floating_precisions=(precision,), half_types=half)
-            kept.append(replace(backend, capabilities=only))
-        else:
-            missing[backend.name] = [f"it calculates in {', '.join(offered)} here, and not in {precision}"]
+        if refusal := precision_refusal(backend.capabilities.floating_precisions, precision):
+            missing[backend.name] = [refusal]
+            continue
+        # Nothing in half means casts in the graph neither.
+        half = () if precision == "f32" else backend.capabilities.half_types
+        only = replace(backend.capabilities, floating_precisions=(precision,), half_types=half)
+        kept.append(replace(backend, capabilities=only))
     return kept
 
 

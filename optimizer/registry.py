@@ -209,8 +209,8 @@ def _loaded_passes() -> tuple[dict[str, type[Pass]], dict[str, str]]:
 def out_of_order(steps: Sequence[PassStep | OneOf]) -> list[str]:
     """In words, which steps stand before others that prepare models for them. The order is the recipe's to choose, but
     what such a pass doesn't find for want of them is told nowhere else."""
-    ranks = {one.name: rank for rank, step in enumerate(default_steps(True)) for one in reversed(_alternatives(step))}
-    listed = [one.name for step in steps for one in _alternatives(step)]
+    ranks = {name: rank for rank, name in reversed(list(enumerate(names_in(default_steps(True)))))}
+    listed = names_in(steps)
     said = []
     for position, name in enumerate(listed):
         cls = pass_class(name)
@@ -262,6 +262,11 @@ def edit_steps(steps: Sequence[PassStep | OneOf], edits: str) -> list[PassStep |
     return result
 
 
+def names_in(steps: Sequence[PassStep | OneOf]) -> list[str]:
+    """The passes that steps name, in their order, alternatives one after the other."""
+    return [one.name for step in steps for one in _alternatives(step)]
+
+
 def _alternatives(step: PassStep | OneOf) -> list[PassStep]:
     return step.steps if isinstance(step, OneOf) else [step]
 
@@ -281,7 +286,7 @@ def _with(steps: Sequence[PassStep | OneOf], name: str, cls: type[Pass]) -> list
     """`name` put in before the first step that the default has behind it; one that is not in the default before the first
     of a later stage, or of its own stage that wants to come after it."""
     result = list(steps)
-    order = [one.name for step in default_steps(True) for one in _alternatives(step)]
+    order = names_in(default_steps(True))
     for position, step in enumerate(result):
         if isinstance(step, OneOf) and cls.stage is Stage.PRECISION:
             result[position] = OneOf(steps=[*step.steps, PassStep(name=name)])

@@ -17,6 +17,7 @@ from typing import Any
 
 from perwatt import datasets, registry
 from perwatt.artifact import Artifact
+from perwatt.backends import precision_refusal
 from perwatt.bundle import digest_of, is_bundle, open_bundle
 from perwatt.contract import OperatingPoint, Scenario
 from perwatt.data import Samples
@@ -143,11 +144,8 @@ def _check_target(name: str, precision: str | None, checks: Worker) -> dict[str,
     facts = checks.call("target", name=name)
     if facts["missing"]:
         raise TargetError(f"target {name} can't be used here: {'; '.join(facts['missing'])}")
-    offered = facts["capabilities"]["floating_precisions"]
-    if precision not in (None, *offered):
-        raise TargetError(
-            f"target {name} can't be used here: it calculates in {', '.join(offered)} here, and not in {precision}"
-        )
+    if refusal := precision_refusal(facts["capabilities"]["floating_precisions"], precision):
+        raise TargetError(f"target {name} can't be used here: {refusal}")
     return facts
 
 
