@@ -1,9 +1,9 @@
 """What fusion makes of eleven architectures: nodes beside other optimizers', matches, and what it brings in speed.
 
-    python fusion.py [--parts counts,direct,patterns,forms] [--models bert-base,…] [--forms attention,…] [--full]
+    python fusion.py [--parts counts,direct,patterns,forms,alone] [--models bert-base,…] [--forms attention,…] [--full]
                      [--rounds 12] [--seconds 1] [--quick]
 
-Four parts, three of them on the architectures of fusion_models.py:
+Five parts, three of them on the architectures of fusion_models.py:
 
 - `counts`: nodes of the graph as exported (by dynamo at opset 23 and by TorchScript at opset 17, attention fused and written
   out) and after onnxslim, onnxscript's optimizer, ONNX Runtime's transformer optimizer, its session optimizer, and our
@@ -20,6 +20,7 @@ Four parts, three of them on the architectures of fusion_models.py:
   than nothing: the interval is told beside it.
 - `forms`: whole operators beside their pieces in small graphs (see _fusion_forms.py), on the same sides but Inductor, one
   thread: what `Capabilities.operators` of the targets rests on.
+- `alone`: small graphs with what one pass looks for, before and after that pass (see _fusion_alone.py; `--passes`), likewise.
 
 Ratios are of CPU seconds per inference, with 95 % intervals over the rounds. Writes bench/results/fusion.json after each
 model (what a run leaves out stays as it was), prints tables in Markdown, exits 1 where something wanted was missed.
@@ -37,6 +38,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _fusion_alone
 import _fusion_counts
 import _fusion_forms
 import _fusion_speed
@@ -50,7 +52,8 @@ from perwatt.artifact import Artifact
 from perwatt.bench.fingerprint import fingerprint
 
 RESULTS = models.ROOT / "bench" / "results" / "fusion.json"
-PARTS = ("counts", "direct", "patterns", "forms")
+PARTS = ("counts", "direct", "patterns", "forms", "alone")
+WITHOUT_MODELS = ("forms", "alone")
 EXPORTERS = ("dynamo", "script")
 
 
@@ -102,6 +105,9 @@ def run_part(part: str, name: str, options: argparse.Namespace, kept: dict[str, 
     elif part == "forms":
         sides = [side for side in options.sides if side in _fusion_forms.SIDES]
         kept.setdefault(part, {}).update(_fusion_forms.forms(options.forms, sides, effort, folder))
+    elif part == "alone":
+        sides = [side for side in options.sides if side in _fusion_forms.SIDES]
+        kept.setdefault(part, {}).update(_fusion_alone.alone(options.passes, sides, effort, folder))
     elif part == "patterns":
         _fusion_speed.patterns(name, options.sides, options.passes, kept.setdefault(part, {}), effort, folder)
 
@@ -126,6 +132,8 @@ def tables(kept: dict[str, Any], parts: list[str]) -> str:
         found.append(_fusion_speed.patterns_table(kept["patterns"]))
     if "forms" in parts and kept.get("forms"):
         found.append(_fusion_forms.forms_table(kept["forms"]))
+    if "alone" in parts and kept.get("alone"):
+        found.append(_fusion_alone.alone_table(kept["alone"]))
     return "\n\n".join(found)
 
 
@@ -151,7 +159,7 @@ def parsed() -> argparse.Namespace:
     }  # fmt: skip
     for words, known in lists.items():
         parser.add_argument(f"--{words}", default=",".join(known), help=f"among {', '.join(known)}")
-    parser.add_argument("--passes", default="", help="in the part patterns; all of the stage FUSE without")
+    parser.add_argument("--passes", default="", help="in the parts patterns and alone; all without")
     parser.add_argument("--full", action="store_true", help="count at full widths")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=1.0, help="of one window")
@@ -175,8 +183,7 @@ def main() -> None:
     if "patterns" in options.parts:
         forget(kept, options.models)
     for part in options.parts:
-        # Forms are of no model.
-        for name in options.models if part != "forms" else [""]:
+        for name in options.models if part not in WITHOUT_MODELS else [""]:
             # Artifacts of one model are of no use to the next, and large.
             with tempfile.TemporaryDirectory() as scratch:
                 run_part(part, name, options, kept, Path(scratch))

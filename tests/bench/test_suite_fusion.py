@@ -234,3 +234,13 @@ def test_an_unknown_model_names_the_known_ones():
     )
     assert done.returncode == 2
     assert "known are bert-base" in done.stderr
+
+
+@pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
+def test_each_pass_finds_what_it_looks_for_in_the_graph_that_it_is_measured_on(suite, tmp_path, target):
+    module, counts = suite("_fusion_alone"), suite("_fusion_counts")
+    for made, (inputs, form) in module.cases().items():
+        graph = suite("_fusion_forms").Graph()
+        path = graph.save(inputs, form(graph), tmp_path / f"{made}.onnx")
+        after = module.after(made, path, target, tmp_path)
+        assert counts.operators(after) != counts.operators(path), made
