@@ -44,6 +44,11 @@ from perwatt.targets._run_script import run_script
 MANY = (*_cpu.BATCHES, 128, 256)
 
 
+NOT_WORTH_IT = ("SkipLayerNormFusion",)
+"""Measured (bench/suites/onnxruntime_fusions.py): what this fusion makes of an addition and a layer normalization takes three
+to five times as long on the CPU as the two apart."""
+
+
 class ONNXRuntime(Target):
     """Microsoft's runtime, with the execution provider that the variant names."""
 
@@ -139,13 +144,14 @@ class ONNXRuntimeProgram(Program):
             "inter_op_num_threads": 1,
             "graph_optimization_level": "ORT_ENABLE_ALL",
             "execution_mode": "ORT_SEQUENTIAL",
+            "disabled_optimizers": list(NOT_WORTH_IT) if provider.device == "cpu" else [],
             "enable_mem_pattern": variant != "dml",
             "session": _session_config(point, threads),
             "free_dimensions": overridden,
             "providers": providers,
         }
         start = time.perf_counter()
-        self.session = _session(path, _options(self.settings), providers)
+        self.session = _session(path, _options(self.settings), providers, self.settings["disabled_optimizers"])
         self.compile_s = time.perf_counter() - start
         self.point = replace(
             point, batch=self.batch_size or 1, floating_precision=precision, requests=None, pinned=None,
@@ -248,7 +254,9 @@ def _options(settings: dict[str, Any]) -> Any:
     return options
 
 
-def _session(path: Path | bytes, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
+def _session(
+    path: Path | bytes, options: Any, providers: list[tuple[str, dict[str, str]]], disabled: Sequence[str] = ()
+) -> Any:
     import onnxruntime
 
     wanted = path if isinstance(path, bytes) else str(path)
@@ -256,7 +264,9 @@ def _session(path: Path | bytes, options: Any, providers: list[tuple[str, dict[s
         with warnings.catch_warnings():
             # That a provider is not there is said below, as an error.
             warnings.simplefilter("ignore")
-            session = onnxruntime.InferenceSession(wanted, options, providers=providers, enable_fallback=0)
+            session = onnxruntime.InferenceSession(
+                wanted, options, providers=providers, disabled_optimizers=list(disabled), enable_fallback=0
+            )
     except Exception as error:
         raise BackendError(f"ONNX Runtime refused the model: {telling_words(error)}") from error
     session.disable_fallback()

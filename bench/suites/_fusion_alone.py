@@ -93,8 +93,10 @@ def product_and_bias(graph: Graph) -> str:
 
 
 def parallel_convolutions(graph: Graph) -> str:
+    """As an Inception block: what is merged goes on to different convolutions."""
     branches = [graph.op("Relu", graph.op("Conv", "x", part)) for part in (BESIDE[:32], BESIDE[32:64], BESIDE[64:])]
-    return str(graph.op("Concat", *branches, axis=1))
+    wider = [graph.op("Conv", branch, normal(32, 32, 3, 3, scale=0.1), pads=[1, 1, 1, 1]) for branch in branches[1:]]
+    return str(graph.op("Relu", graph.op("Concat", branches[0], *wider, axis=1)))
 
 
 def requantized(graph: Graph) -> str:
