@@ -49,12 +49,20 @@ class Candidate:
     @property
     def name(self) -> str:
         """What a person would call it: `quantize-int8, floating point in bf16 on openvino`."""
-        lossy = [name for name in self.branch.applied() if registry.pass_class(name).tolerance is None]
         changed = self.branch.applied()
+        applied = [row for row in self.branch.rows if row.status == "applied"]
+        lossy = [_with_settings(row) for row in applied if registry.pass_class(row.name).tolerance is None]
         graph = ", ".join(lossy) or ("cleaned graph" if changed else "original graph")
         where = "" if self.backend.alone else f" on {self.backend.name}"
         tuned = f" at {self.point.words()}" if self.tuned else ""
         return f"{graph}, floating point in {self.point.floating_precision or 'the default'}{where}{tuned}"
+
+
+def _with_settings(row: Row) -> str:
+    """`quantize-int8 (quantizer: nncf)`: a pass with those of its settings that are not the usual ones."""
+    usual = registry.bind(PassStep(name=row.name)).settings()
+    other = [f"{key.replace('_', ' ')}: {value}" for key, value in row.settings.items() if usual.get(key) != value]
+    return f"{row.name} ({', '.join(other)})" if other else row.name
 
 
 def explore(pipeline: Pipeline, source: Artifact, steps: Sequence[PassStep | OneOf]) -> list[Branch]:

@@ -21,12 +21,12 @@ from perwatt.backends import Backend
 from perwatt.bench.power_control import PowerControl
 from perwatt.bundle import Bundle, cache_folder, check_destination, no_room
 from perwatt.candidates import Branch, Candidate, explore
-from perwatt.contract import OperatingPoint
-from perwatt.errors import BackendError, InputError
+from perwatt.contract import Loss, NodeCost, OperatingPoint
+from perwatt.errors import InputError
 from perwatt.isolation import Worker, workspace
 from perwatt.judging import Judge
 from perwatt.measuring import SCREENING, Conductor, Effort, figures, interleave
-from perwatt.pipeline import Pipeline, Row
+from perwatt.pipeline import Ask, Pipeline, Row
 from perwatt.place import Place, open_place
 from perwatt.portable import kept_branches, write_portable
 from perwatt.preparation import Prepared, Progress, first_row, operating_point, prepare, source_outputs
@@ -41,6 +41,7 @@ from perwatt.tuning import TunePlan
 PASSES_SHARE, SCREENING_SHARE, TUNING_SHARE = 0.5, 0.7, 0.15
 """Of the time budget: when no further pass is begun, when no further candidate is screened, what one search for an
 operating point may take."""
+PROFILE_S = 1.0
 TUNING_S = 90.0
 """The same where there is no time budget."""
 
@@ -171,8 +172,8 @@ def _portable(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared,
               progress: Progress, started: float) -> tuple[Recipe, Prepared, list[Branch], Pipeline, Path, Worker]:  # fmt: skip
     """The graphs for a backend that is not here, each verified by the reference."""
     assert prepared.absent is not None
-    setup = Setup(folder, prepared.saved["timing"])
-    pipeline = _pipeline(recipe, prepared, setup, checks, _pass_progress(progress, steps), started)
+    deadline = _deadline(recipe, started, PASSES_SHARE)
+    pipeline = open_pipeline(recipe, prepared, folder, checks, _pass_progress(progress, steps), deadline)
     pipeline = pipeline.for_target(prepared.absent.capabilities)
     progress("running the passes", 0.3)
     branches = explore(pipeline, prepared.source, steps)
@@ -185,7 +186,8 @@ def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, f
     """From the model as read to the answer: passes, candidates, measurements. The sides of the answer stay open until
     `cleanup`."""
     setup = Setup(folder, prepared.saved["timing"], conductor, place.worker)
-    pipeline = _pipeline(recipe, prepared, setup, checks, _pass_progress(progress, steps), started)
+    deadline = _deadline(recipe, started, PASSES_SHARE)
+    pipeline = open_pipeline(recipe, prepared, folder, checks, _pass_progress(progress, steps), deadline)
     first = first_row(
         prepared.reading,
         pipeline.outputs(prepared.source),
@@ -199,7 +201,12 @@ def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, f
         if kept is not None:
             return kept
         progress("running the passes", 0.35)
-        return explore(pipeline.for_target(backend.capabilities), prepared.source, steps)
+        asked = Ask(
+            lambda artifacts: measure_graphs(recipe, backend, artifacts, setup),
+            lambda artifact: profile_graph(recipe, backend, artifact, setup),
+            lambda artifact: judge_graph(recipe, backend, artifact, setup, judge),
+        )
+        return explore(pipeline.for_target(backend.capabilities, backend.name, asked), prepared.source, steps)
 
     study = Study(
         setup,
@@ -260,34 +267,42 @@ def _effort(recipe: Recipe, started: float) -> Effort:
     return Effort(max_s=max(1.0, min(Effort.max_s, left * 0.4)))
 
 
-def _pipeline(recipe: Recipe, prepared: Prepared, setup: Setup, checks: Worker, progress: Callable[[str], None],
-              started: float) -> Pipeline:  # fmt: skip
-    """The pipeline whose passes may measure on the first backend, and end with their share of the time."""
-
-    def measure(artifacts: Sequence[Artifact]) -> list[float]:
-        return measure_graphs(recipe, prepared.backends, artifacts, setup)
-
-    deadline = _deadline(recipe, started, PASSES_SHARE)
-    return open_pipeline(recipe, prepared, setup.folder, checks, progress, measure, deadline)
-
-
-def measure_graphs(
-    recipe: Recipe, backends: Sequence[Backend], artifacts: Sequence[Artifact], setup: Setup
-) -> list[float]:
-    """CPU seconds per inference of each artifact at the recipe's operating point, measured interleaved on the first of
-    `backends`. Raises BackendError where there is none."""
-    if not backends:
-        raise BackendError("nothing can be measured: the target is not here")
+def measure_graphs(recipe: Recipe, backend: Backend, artifacts: Sequence[Artifact], setup: Setup) -> list[float]:
+    """CPU seconds per inference of each artifact at the recipe's operating point, measured interleaved on `backend`."""
     sides: list[Side] = []
     try:
         for number, artifact in enumerate(artifacts):
-            candidate = Candidate(Branch(artifact), operating_point(recipe), backends[0])
+            candidate = Candidate(Branch(artifact), _fitted(operating_point(recipe), artifact), backend)
             sides.append(setup.open(f"graph {number}", candidate))
         interleave(sides, setup.timing, SCREENING)
         return [float(figures(side.windows)["cpu_s_per_inference"] or 0) for side in sides]
     finally:
         for side in sides:
             side.close()
+
+
+def judge_graph(recipe: Recipe, backend: Backend, artifact: Artifact, setup: Setup, judge: Judge) -> Loss | None:
+    """What the artifact loses on `backend`, on the select samples; None where there are none."""
+    if judge.select is None:
+        return None
+    point = _fitted(operating_point(recipe), artifact)
+    side = setup.open("graph to judge", Candidate(Branch(artifact), point, backend))
+    try:
+        found = judge.drop_on_select(side)
+    finally:
+        side.close()
+    return None if found is None else Loss(found.drop, not judge.too_much(found))
+
+
+def profile_graph(recipe: Recipe, backend: Backend, artifact: Artifact, setup: Setup) -> list[NodeCost]:
+    """What each operation of the artifact costs on `backend` at the recipe's operating point."""
+    point = _fitted(operating_point(recipe), artifact)
+    with setup.worker("profile") as worker:
+        told = worker.call(
+            "profile", target=backend.name, model=str(artifact.file(setup.folder)), point=point.to_json(),
+            samples=str(setup.timing), seconds=PROFILE_S,
+        )  # fmt: skip
+    return [NodeCost(tuple(row["nodes"]), row["kind"], row["seconds"]) for row in told["costs"]]
 
 
 def _pass_progress(progress: Progress, steps: Sequence[PassStep | OneOf]) -> Callable[[str], None]:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -37,7 +37,8 @@ Scenario = Literal["single-stream", "offline", "server"]
 @dataclass(frozen=True)
 class QuantizationStyle:
     """One way in which a backend likes to see quantization in the graph. `unsigned_activations`: those that are never
-    negative may have an unsigned type, which resolves them twice as finely."""
+    negative may have an unsigned type, which resolves them twice as finely. `operators`: those that may calculate in
+    integers beside convolutions and matrix products."""
 
     name: str
     activation_type: str
@@ -45,6 +46,7 @@ class QuantizationStyle:
     activation_symmetric: bool
     weight_per_channel: bool
     unsigned_activations: bool = True
+    operators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,42 @@ class Stage(enum.IntEnum):
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What a graph loses on the samples to choose by, in the budget's metric, and whether the budget allows that."""
+
+    drop: float
+    allowed: bool
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What one operation of a compiled program costs: seconds an inference, and the names of the graph's nodes that it came
+    from, or that its own name begins with (a conversion put in is called after what it stands beside)."""
+
+    nodes: tuple[str, ...]
+    kind: str
+    seconds: float
+
+
+class Execute(Protocol):
+    """Runs the numeric reference."""
+
+    def __call__(
+        self, artifact: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False
+    ) -> Iterator[Batch]:
+        """One {name: array} a batch, as they come: the outputs, and the values named by `taps`. `optimized` lets the
+        runtime fuse, which is faster and rounds otherwise. What is not asked for any more is not run."""
+
+
+@dataclass(frozen=True)
 class Context:
     """All that a pass gets besides its settings.
 
     `samples(role)` gives re-iterable batches for `calibrate`, `learn` or `select`; never `confirm`.
-    `execute(artifact, batches, taps)` runs the numeric reference in the worker and returns one {name: array} a batch,
-    holding the outputs and the tapped values. `measure(artifacts)` measures lowered artifacts against each other and
-    returns CPU seconds per inference for each. `deadline` is in `time.monotonic()` seconds.
+    `execute` runs the numeric reference in the worker. `measure(artifacts)` measures lowered artifacts against each other
+    and returns CPU seconds per inference for each; `profile(artifact)` returns what each operation costs there, nothing
+    where the backend doesn't tell; `judge(artifact)` lowers it and tells what it loses, None without anything to judge by.
+    `deadline` is in `time.monotonic()` seconds.
     """
 
     samples: Callable[[str], Samples]
@@ -99,8 +130,10 @@ class Context:
     seed: int
     deadline: float | None
     progress: Callable[[str], None]
-    execute: Callable[[Artifact, Samples, Sequence[str]], list[Batch]]
+    execute: Execute
     measure: Callable[[Sequence[Artifact]], list[float]]
+    profile: Callable[[Artifact], list[NodeCost]]
+    judge: Callable[[Artifact], Loss | None]
 
 
 class Pass(ABC):
@@ -109,8 +142,10 @@ class Pass(ABC):
     `tolerance` is how far it may move outputs, or None when accuracy decides. A pass with `isolated` set runs in the
     worker, because what it leans on may crash or hang. `in_default` puts it into the default pipeline, within its
     stage after those that `after` names; passes of the stage PRECISION are alternatives there, and the measured best
-    wins. `also_after` puts it there once more, at the end of that stage, to tidy up what the stage left. A pass sees
-    the target's capabilities only where it says `depends_on_target`: what the others make serves every target.
+    wins; one with several `variants`, each some settings, is an alternative in each of them. `also_after` puts it there
+    once more, at the end of that stage, to tidy up what the stage left. A pass sees the target's capabilities only where
+    it says `depends_on_target`: what the others make serves every target. One that `measures` asks the backend itself, so
+    that what it makes is this backend's alone.
     """
 
     stage: ClassVar[Stage]
@@ -120,6 +155,8 @@ class Pass(ABC):
     after: ClassVar[tuple[str, ...]] = ()
     also_after: ClassVar[Stage | None] = None
     depends_on_target: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         """Reasons why this pass can't run on this model; silence means it can."""
@@ -300,6 +337,12 @@ class Target(ABC):
     def lower(self, artifact: Artifact, point: OperatingPoint) -> Program:
         """Compile. Raises BackendError with the backend's own words where it refuses."""
 
+    def profile(
+        self, artifact: Artifact, point: OperatingPoint, samples: Sequence[Batch], seconds: float
+    ) -> list[NodeCost]:
+        """What each operation costs, over calls for about `seconds`; nothing where the backend doesn't tell."""
+        return []
+
     def load(self, folder: Path, signature: Signature, point: OperatingPoint) -> Program:
         """The program that `Program.save` wrote into `folder`, ready to run. Raises TargetError where there is no such way."""
         raise TargetError(f"{self.name()} programs can't be loaded from a bundle")
@@ -412,7 +455,10 @@ __all__ = [
     "Capabilities",
     "Clock",
     "Context",
+    "Execute",
+    "Loss",
     "Meter",
+    "NodeCost",
     "OperatingPoint",
     "Pass",
     "Program",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perwatt.artifact import Artifact, graphs_of, model_digest
-from perwatt.contract import Capabilities, Context, Pass, Tolerance
+from perwatt.contract import Capabilities, Context, Loss, NodeCost, Pass, Tolerance
 from perwatt.drift import Drift, drift
 from perwatt.errors import PerwattError
 from perwatt.signature import Batch, TensorSpec
@@ -65,6 +65,15 @@ class Proof:
     reference_on: Callable[[Artifact, Path], list[Batch]]
 
 
+@dataclass(frozen=True)
+class Ask:
+    """What passes may ask a backend: see `Context`."""
+
+    measure: Callable[[Sequence[Artifact]], list[float]]
+    profile: Callable[[Artifact], list[NodeCost]]
+    judge: Callable[[Artifact], Loss | None]
+
+
 @dataclass
 class _Known:
     """What pipelines of one run share: outputs of the reference by the model's digest, and steps that were taken."""
@@ -77,15 +86,21 @@ class Pipeline:
     """Runs passes from one original. Each model is run once by the reference, and each pass once on a model, whichever
     targets ask for it."""
 
-    def __init__(self, original: Artifact, context: Context, proof: Proof, known: _Known | None = None) -> None:
+    def __init__(
+        self, original: Artifact, context: Context, proof: Proof, known: _Known | None = None, target: str = ""
+    ) -> None:
         self.original = original
+        self.target = target
         self.context = context
         self.proof = proof
         self._known = known or _Known()
 
-    def for_target(self, capabilities: Capabilities) -> Pipeline:
-        """The same for a target that rewards something else."""
-        return Pipeline(self.original, replace(self.context, capabilities=capabilities), self.proof, self._known)
+    def for_target(self, capabilities: Capabilities, target: str = "", ask: Ask | None = None) -> Pipeline:
+        """The same for a target that rewards something else, and that can be asked."""
+        context = replace(self.context, capabilities=capabilities)
+        if ask is not None:
+            context = replace(context, measure=ask.measure, profile=ask.profile, judge=ask.judge)
+        return Pipeline(self.original, context, self.proof, self._known, target)
 
     def run(self, artifact: Artifact, passes: Sequence[Pass]) -> tuple[Artifact, list[Row]]:
         """The artifact after all passes that held their promise, and a row for every one."""
@@ -101,7 +116,7 @@ class Pipeline:
             return artifact, Row(made_by.name(), made_by.settings(), "refused", OUT_OF_TIME)
         # A pass that doesn't say that it depends on the target sees none, so that its result serves them all.
         capabilities = self.context.capabilities if made_by.depends_on_target else Capabilities()
-        key = repr((artifact.digest(), made_by, capabilities))
+        key = repr((artifact.digest(), made_by, capabilities, self.target if made_by.measures else ""))
         if key not in self._known.steps:
             self._known.steps[key] = self._taken(artifact, made_by, replace(self.context, capabilities=capabilities))
         return self._known.steps[key]

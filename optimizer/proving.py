@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from perwatt.artifact import Artifact
 from perwatt.contract import Capabilities, Context, Pass
 from perwatt.data import Samples
-from perwatt.errors import PerwattError
+from perwatt.errors import BackendError, PerwattError
 from perwatt.isolation import Worker
 from perwatt.pipeline import Pipeline, Proof
 from perwatt.preparation import Opened
 from perwatt.recipe import Recipe
 from perwatt.signature import Batch
 from perwatt.worker import load_outputs
+
+PORTION = 8
+"""Batches that the worker runs before the first of them are looked at."""
 
 FOR_PASSES = ("calibrate", "learn", "select")
 """Roles of samples that a pass may see. What judges the result is not among them."""
@@ -28,20 +32,27 @@ def open_pipeline(
     folder: Path,
     checks: Worker,
     progress: Callable[[str], None],
-    measure: Callable[[Sequence[Artifact]], list[float]],
     deadline: float | None = None,
 ) -> Pipeline:
-    """The pipeline from the model as read, for no target yet (`Pipeline.for_target`). Models, samples and outputs that
-    pass between processes lie in `folder`; `deadline` is in `time.monotonic()` seconds."""
+    """The pipeline from the model as read, for no target yet (`Pipeline.for_target`), so nothing can be measured. Models,
+    samples and outputs that pass between processes lie in `folder`; `deadline` is in `time.monotonic()` seconds."""
     samples, saved = opened.samples, opened.saved
 
-    def execute(artifact: Artifact, batches: Samples, taps: Sequence[str]) -> list[Batch]:
-        where = batches.save(folder / f"batches-{batches.digest()[:16]}")
-        return reference(artifact, where, taps)
+    def execute(
+        artifact: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False
+    ) -> Iterator[Batch]:
+        waiting, portion = list(batches), PORTION
+        while waiting:
+            # Twice as many each time: who has seen enough stops, and the model is not compiled often.
+            part, waiting, portion = Samples(waiting[:portion]), waiting[portion:], 2 * portion
+            yield from reference(artifact, part.save(folder / f"batches-{part.digest()[:16]}"), taps, optimized)
 
-    def reference(artifact: Artifact, where: Path, taps: Sequence[str] = ()) -> list[Batch]:
-        out = folder / f"reference-{artifact.digest()[:16]}-{where.name}-{len(taps)}"
-        checks.call("reference", model=str(artifact.file(folder)), samples=str(where), out=str(out), taps=list(taps))
+    def reference(artifact: Artifact, where: Path, taps: Sequence[str] = (), optimized: bool = False) -> list[Batch]:
+        out = folder / f"reference-{artifact.digest()[:16]}-{where.name}-{len(taps)}-{optimized}"
+        checks.call(
+            "reference", model=str(artifact.file(folder)), samples=str(where), out=str(out), taps=list(taps),
+            optimized=optimized,
+        )  # fmt: skip
         return load_outputs(out)
 
     def run_isolated(made_by: Pass, artifact: Artifact, capabilities: Capabilities) -> tuple[Artifact, list[str]]:
@@ -72,7 +83,9 @@ def open_pipeline(
         deadline=deadline,
         progress=progress,
         execute=execute,
-        measure=measure,
+        measure=_not_here,
+        profile=_not_here,
+        judge=_not_here,
     )
     proof = Proof(
         check=lambda artifact: checks.call("check", model=str(artifact.file(folder)))["problems"],
@@ -81,3 +94,7 @@ def open_pipeline(
         reference_on=reference,
     )
     return Pipeline(opened.source, context, proof)
+
+
+def _not_here(_: Any) -> Any:
+    raise BackendError("nothing can be measured: the target is not here")

@@ -177,11 +177,16 @@ def default_steps(budget_and_training: bool = False) -> list[PassStep | OneOf]:
     for stage in Stage:
         here = _ordered({name: cls for name, cls in chosen.items() if cls.stage is stage})
         if stage is Stage.PRECISION and here:
-            steps.append(OneOf(steps=[PassStep(name=name) for name in here]))
+            steps.append(OneOf(steps=[step for name in here for step in _variants(name)]))
         else:
             again = {name: cls for name, cls in chosen.items() if cls.also_after is stage}
             steps += [PassStep(name=name) for name in (*here, *_ordered(again))]
     return steps
+
+
+def _variants(name: str) -> list[PassStep]:
+    """A pass as an alternative, in each of its variants."""
+    return [PassStep(name=name, settings=settings) for settings in pass_class(name).variants]
 
 
 def loadable_passes() -> dict[str, type[Pass]]:
@@ -241,9 +246,14 @@ def _ordered(classes: dict[str, type[Pass]]) -> list[str]:
     return order
 
 
+LOSSLESS = "lossless"
+
+
 def edit_steps(steps: Sequence[PassStep | OneOf], edits: str) -> list[PassStep | OneOf]:
     """`+name` adds a pass where its stage belongs (one that is there stays as it is), `-name` takes one out,
-    comma-separated; a plain list replaces all."""
+    comma-separated; a plain list replaces all. `lossless` keeps those that promise to keep outputs."""
+    if edits.strip() == LOSSLESS:
+        return [s for s in steps if isinstance(s, PassStep) and pass_class(s.name).tolerance is not None]
     parts = [part.strip() for part in edits.split(",") if part.strip()]
     if not any(part[0] in "+-" for part in parts):
         for part in parts:
@@ -289,7 +299,9 @@ def _with(steps: Sequence[PassStep | OneOf], name: str, cls: type[Pass]) -> list
     order = names_in(default_steps(True))
     for position, step in enumerate(result):
         if isinstance(step, OneOf) and cls.stage is Stage.PRECISION:
-            result[position] = OneOf(steps=[*step.steps, PassStep(name=name)])
+            behind = set(order[order.index(name) + 1 :]) if name in order else set()
+            place = next((i for i, one in enumerate(step.steps) if one.name in behind), len(step.steps))
+            result[position] = OneOf(steps=[*step.steps[:place], *_variants(name), *step.steps[place:]])
             return result
         first = _alternatives(step)[0].name
         if name in order and first in order:

@@ -21,7 +21,7 @@ from perwatt.artifact import Artifact, copy_with_path, external_files
 from perwatt.bundle import no_room
 from perwatt.compilation import full_disk_explained, inputs_of, model_name, resolve_steps
 from perwatt.contract import Capabilities
-from perwatt.errors import BackendError, InputError
+from perwatt.errors import InputError
 from perwatt.isolation import Worker, workspace
 from perwatt.pipeline import Row
 from perwatt.place import Place
@@ -77,7 +77,7 @@ def rewrite_model(
         def begins(name: str) -> None:
             progress(f"running {name}", 0.3 + 0.65 * min(1.0, next(begun) / max(1, len(steps))))
 
-        pipeline = open_pipeline(recipe, opened, folder, checks, begins, _cant_measure)
+        pipeline = open_pipeline(recipe, opened, folder, checks, begins)
         row = first_row(
             opened.reading,
             pipeline.outputs(opened.source),
@@ -99,7 +99,7 @@ def _straight(recipe: Recipe) -> tuple[list[PassStep], list[str]]:
     kept, left = [], []
     for step in resolve_steps(recipe):
         if isinstance(step, OneOf):
-            left.append(" or ".join(one.name for one in step.steps))
+            left.append(" or ".join(dict.fromkeys(one.name for one in step.steps)))
         elif recipe.passes == "default" and registry.pass_class(step.name).tolerance is None:
             left.append(step.name)
         else:
@@ -143,10 +143,6 @@ def _capabilities(recipe: Recipe, checks: Worker) -> Capabilities:
         return backends[0].capabilities
     assert absent is not None
     return absent.capabilities
-
-
-def _cant_measure(artifacts: Sequence[Artifact]) -> list[float]:
-    raise BackendError("nothing is measured while a model is only rewritten")
 
 
 def _without_scratch(artifact: Artifact, folder: Path) -> Artifact:

@@ -8,6 +8,7 @@ happens here, right beside the backend.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,10 @@ class Session(MeterOperations):
             seed=seed,
             deadline=None,
             progress=lambda text: self.say({"progress": text}),
-            execute=lambda a, batches, taps: _execute(a, batches, taps, Path(folder)),
-            measure=lambda artifacts: _not_here(),
+            execute=functools.partial(_execute, folder=Path(folder)),
+            measure=_not_here,
+            profile=_not_here,
+            judge=_not_here,
         )
         made_by = registry.bind(PassStep(**step))
         after, changes = made_by.run(artifact, context)
@@ -143,6 +146,14 @@ class Session(MeterOperations):
         self.program, self.model = None, Path(model)
         self.program = registry.target(target).lower(Artifact.load(model), OperatingPoint(**point))
         return self.program.facts()
+
+    def profile(self, target: str, model: str, point: dict[str, Any], samples: str, seconds: float) -> dict[str, Any]:
+        """What each operation of `model` costs."""
+        from perwatt import registry
+
+        batches = list(Samples.load(Path(samples)))
+        costs = registry.target(target).profile(Artifact.load(model), OperatingPoint(**point), batches, seconds)
+        return {"costs": [asdict(cost) for cost in costs]}
 
     def open_eager(self, exported: str, model: str, point: dict[str, Any]) -> dict[str, Any]:
         """torch eager as the program of this worker."""
@@ -265,7 +276,9 @@ class Session(MeterOperations):
 
 def capabilities_from_json(plain: dict[str, Any]) -> Capabilities:
     """The capabilities that another process sent."""
-    styles = tuple(QuantizationStyle(**style) for style in plain["quantization_styles"])
+    styles = tuple(
+        QuantizationStyle(**{**style, "operators": tuple(style["operators"])}) for style in plain["quantization_styles"]
+    )
     lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
     return Capabilities(**{**lists, "quantization_styles": styles})
 
@@ -287,13 +300,15 @@ def _store(batches: Any, folder: Path) -> int:
     return count
 
 
-def _execute(artifact: Artifact, batches: Samples, taps: Sequence[str], folder: Path) -> list[Batch]:
+def _execute(
+    artifact: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False, *, folder: Path
+) -> Iterator[Batch]:
     from perwatt.reference import Reference
 
-    return list(Reference(artifact, folder, taps).run(batches))
+    return Reference(artifact, folder, taps, optimized=optimized).run(batches)
 
 
-def _not_here() -> list[float]:
+def _not_here(_: Any) -> Any:
     raise BackendError("an isolated pass can't measure: measuring wants a worker for each side")
 
 

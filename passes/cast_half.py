@@ -1,11 +1,20 @@
-"""Carry floating point in bfloat16: weights are stored and arithmetic is done in half the bits.
+"""Carry floating point in half the bits: weights are stored and arithmetic is done in bfloat16 or float16.
 
 bfloat16 keeps the exponent of float32 and 8 bits of the mantissa, so its range is the same (the last 0.4 % below the
 largest float32 is cut off, where masks like to live); what it loses is precision, two to three decimal digits remain.
-It pays where the hardware has bfloat16 matrix units (`Capabilities.half_types`), and halves the file everywhere. It
-doesn't pay where the backend converts back.
+float16 keeps 11 bits and ends at 65504, and at 6e-8 below. Either pays where the hardware has matrix units for it
+(`Capabilities.half_types`, the best first), and halves the file everywhere. It doesn't pay where the backend converts back.
 
     x:f32 → Conv(W:f32) → y:f32      becomes      x:f32 → Cast(bf16) → Conv(W:bf16) → Cast(f32) → y:f32
+
+Some operators don't bear it: values grow beyond 65504, squares are summed up, positions beyond 256 are told apart no more. These
+are no list of names: the model is run once, in float32, on calibration samples (synthetic ones tell as much as they
+resemble real ones), with a twin beside every operator that reads the same inputs rounded. What would overflow, vanish or move
+too far stays in float32, between casts:
+
+    Cast(bf16) → Mul(positions) → Sin      becomes      Mul(positions:f32):f32 → Sin → Cast(bf16)
+
+So do operators that ONNX has no such type for. The ledger says which, and why.
 
 Inputs and outputs keep their types. Lossy: accuracy on the lowered program decides, not a tolerance.
 """
@@ -14,32 +23,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from perwatt.artifact import Artifact, graphs_of
+from perwatt.artifact import Artifact, Step, graphs_of
 from perwatt.contract import Context, Pass, Stage, Tolerance
+from perwatt.errors import BackendError
+from perwatt.fusion import names_in
+from perwatt.passes._half_casting import carry_in_half
+from perwatt.passes._half_deciding import decide
+from perwatt.passes._half_measuring import TYPES, HalfType, Measured, floats_stored, is_float, measure
+from perwatt.passes._quantized import quantized_already
 
-LARGEST = (2 - 2**-7) * 2.0**127
-"""The largest bfloat16: eight bits of ones."""
+OLDEST = {"bfloat16": 22, "float16": 13}
+"""The opsets that define convolutions in bfloat16, and in whose form float16 graphs are measured."""
 
 
 @dataclass(frozen=True)
 class CastHalf(Pass):
-    """No settings."""
+    """`type`: `bfloat16`, `float16`, or `auto`, the first that the backend names (search: both).
+    `margin`: how much less than the largest half is trusted, since samples don't show all (search: 1 … 8).
+    `bearable`: the share that rounding its inputs may move an operator's output by, mean |Δ| ÷ mean |output|
+    (search: 0.02 … 0.2).
+    `subset_size`: samples that are looked at, at most."""
 
     stage: ClassVar[Stage] = Stage.PRECISION
     in_default: ClassVar[bool] = True
     tolerance: ClassVar[Tolerance | None] = None
     depends_on_target: ClassVar[bool] = True
 
+    type: Literal["auto", "bfloat16", "float16"] = "auto"
+    margin: float = 2.0
+    bearable: float = 0.05
+    subset_size: int = 32
+
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
-        if "bfloat16" not in context.capabilities.half_types:
-            yield "this backend has no bfloat16 arithmetic here"
-        if artifact.model.opset_imports.get("", 0) < 22:
-            yield f"bfloat16 convolutions need opset 22, this model is opset {artifact.model.opset_imports.get('', 0)}"
-        counts = artifact.operator_counts()
-        if "DequantizeLinear" in counts or "QLinearConv" in counts:
-            yield "the model is quantized already"
+        half, opset = self._half(context), artifact.model.opset_imports.get("", 0)
+        if half is None:
+            wanted = "half-precision" if self.type == "auto" else self.type
+            yield f"this backend has no {wanted} arithmetic here"
+        elif opset < OLDEST[half.name]:
+            what = "bfloat16 convolutions need" if half.name == "bfloat16" else "float16 needs"
+            yield f"{what} opset {OLDEST[half.name]}, this model is opset {opset}"
+        if reason := quantized_already(artifact):
+            yield reason
         if artifact.model.functions:
             yield "the model has functions of its own, whose types can't be changed"
         if len(list(graphs_of(artifact.model))) > 1 + len(artifact.model.functions):
@@ -47,25 +73,56 @@ class CastHalf(Pass):
         foreign = sorted({node.domain for node in artifact.model.graph} - {""})
         if foreign:
             yield f"operators of the domain {foreign[0]} can't be told to give half"
-        names = sorted({node.op_type for node in artifact.model.graph if node.domain == "" and _without_half(node)})
-        if names:
-            yield f"ONNX has no bfloat16 for {', '.join(names)}"
 
     def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
-        model = artifact.edit()
-        weights = _weights_to_half(model.graph)
-        if not weights:
+        if any(step.name == self.name() for step in artifact.steps):
+            return artifact, ["carried in half already"]
+        half = self._half(context)
+        assert half is not None, "`requires` asks for one"
+        typed = _with_types(artifact)
+        model = typed.edit()
+        if not any(True for _ in floats_stored(model.graph)):
             return artifact, ["no float32 weights to store in half"]
-        _cast_inputs(model.graph)
-        _retarget_casts(model.graph)
-        _retype_inner_values(model.graph)
-        _cast_outputs(model.graph)
-        changes = [f"{weights} weights and all arithmetic between inputs and outputs in bfloat16"]
+        measured, notes = self._measured(typed, half, context)
+        decided = decide(model.graph, half, measured, lambda node: _without(node, half), self.margin, self.bearable)
+        notes = [*decided.words(half), *notes]
+        weights = carry_in_half(model.graph, half, decided.kept, decided.masks, names_in(model))
+        if not weights:
+            return artifact, ["no float32 weights to store in half", *notes]
+        rest = "all arithmetic" if not decided.kept else "other arithmetic"
+        changes = [f"{weights} weights and {rest} between inputs and outputs in {half.name}", *notes]
         return artifact.after(model, self.step(changes)), changes
 
+    def _half(self, context: Context) -> HalfType | None:
+        """The type that is wanted and there."""
+        offered = [name for name in context.capabilities.half_types if name in TYPES]
+        found = next((name for name in offered if self.type in ("auto", name)), None)
+        return TYPES[found] if found else None
 
-def _without_half(node: Any) -> bool:
-    """Whether ONNX defines `node` for float32, which flows through it here, and not for bfloat16."""
+    def _measured(self, artifact: Artifact, half: HalfType, context: Context) -> tuple[Measured, list[str]]:
+        """What the samples show, and what there is to say where they show nothing."""
+        samples = context.samples("calibrate")
+        if not len(samples):
+            return Measured(), ["there were no samples to look for overflow on"]
+        try:
+            return measure(artifact, half, samples, context, self.subset_size), []
+        except BackendError as error:
+            return Measured(), [f"not looked at for overflow: {error}"]
+
+
+def _with_types(artifact: Artifact) -> Artifact:
+    """The artifact with types noted, where some are not: what is no float32 can't be cast."""
+    import onnx_ir.passes.common as common
+
+    if all(value.dtype is not None for node in artifact.model.graph for value in node.outputs):
+        return artifact
+    model = artifact.edit()
+    common.ShapeInferencePass()(model)
+    return artifact.after(model, Step("infer-shapes"))
+
+
+def _without(node: Any, half: HalfType) -> bool:
+    """Whether ONNX defines `node` for float32, which flows through it here, and not for the half type."""
     import onnx
 
     version = node.graph.opset_imports[""] if node.version is None else node.version
@@ -74,7 +131,7 @@ def _without_half(node: Any) -> bool:
     except onnx.defs.SchemaError:
         return False
     return any(
-        _is_float(value.dtype) and "tensor(float)" in port.types and "tensor(bfloat16)" not in port.types
+        is_float(value) and "tensor(float)" in port.types and f"tensor({half.name})" not in port.types
         for values, ports in ((node.inputs, schema.inputs), (node.outputs, schema.outputs))
         for value, port in zip(values, _repeated(ports, len(values)), strict=False)
         if value is not None
@@ -84,105 +141,3 @@ def _without_half(node: Any) -> bool:
 def _repeated(ports: Any, count: int) -> list[Any]:
     """A variadic last port stands for all that follow."""
     return [*ports, *[ports[-1]] * (count - len(ports))] if ports else []
-
-
-def _half(tensor: Any) -> Any:
-    import ml_dtypes
-    import numpy as np
-    import onnx_ir as ir
-
-    array = tensor.numpy()
-    # Beyond the largest bfloat16 rounding gives infinity, and a mask's 0 · (−largest float32) would become NaN.
-    array = np.where(np.isfinite(array), np.clip(array, -LARGEST, LARGEST), array)
-    return ir.Tensor(array.astype(ml_dtypes.bfloat16), dtype=ir.DataType.BFLOAT16, name=tensor.name)
-
-
-def _is_float(dtype: Any) -> bool:
-    return dtype is not None and dtype.name == "FLOAT"
-
-
-def _weights_to_half(graph: Any) -> int:
-    """Store every float32 weight, and every float32 tensor in an attribute, in bfloat16; returns how many."""
-    import onnx_ir as ir
-
-    count = 0
-    for value in graph.initializers.values():
-        if value.is_graph_output():
-            continue
-        if value.const_value is not None and _is_float(value.const_value.dtype):
-            value.const_value = _half(value.const_value)
-            value.type = ir.TensorType(ir.DataType.BFLOAT16)
-            count += 1
-    for node in graph:
-        attribute = node.attributes.get("value")
-        holds = node.op_type in ("Constant", "ConstantOfShape")
-        if holds and attribute is not None and attribute.type.name == "TENSOR":
-            if _is_float(attribute.value.dtype):
-                node.attributes["value"] = ir.AttrTensor("value", _half(attribute.value))
-                count += node.op_type == "Constant"
-        elif node.op_type == "ConstantOfShape" and attribute is None:
-            # Without a value it makes float32 zeros.
-            node.attributes["value"] = ir.AttrTensor("value", _half(ir.tensor([0.0], dtype=ir.DataType.FLOAT)))
-        for name in ("value_float", "value_floats"):
-            if node.op_type == "Constant" and name in node.attributes:
-                node.attributes["value"] = ir.AttrTensor(
-                    "value", _half(ir.tensor(node.attributes.pop(name).value, dtype=ir.DataType.FLOAT))
-                )
-                count += 1
-    return count
-
-
-def _cast(graph: Any, value: Any, dtype: Any, name: str) -> Any:
-    import onnx_ir as ir
-
-    node = ir.node("Cast", [value], {"to": dtype.value})
-    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, ir.TensorType(dtype), value.shape
-    return node
-
-
-def _cast_inputs(graph: Any) -> None:
-    import onnx_ir as ir
-
-    for value in graph.inputs:
-        if _is_float(value.dtype) and value.uses():
-            users = list(value.uses())
-            node = _cast(graph, value, ir.DataType.BFLOAT16, f"{value.name}_bfloat16")
-            for use in users:
-                use.node.replace_input_with(use.idx, node.outputs[0])
-            graph.insert_before(graph[0], node)
-
-
-def _retarget_casts(graph: Any) -> None:
-    """Casts to float32, and other operators that name float32 in an attribute, go to bfloat16."""
-    import onnx_ir as ir
-
-    for node in graph:
-        for key in ("to", "dtype"):
-            attribute = node.attributes.get(key)
-            if attribute is not None and attribute.value == ir.DataType.FLOAT.value:
-                node.attributes[key] = ir.AttrInt64(key, ir.DataType.BFLOAT16.value)
-
-
-def _retype_inner_values(graph: Any) -> None:
-    """Types recorded between nodes were float32; where an operator can't give half, the checker will say so."""
-    import onnx_ir as ir
-
-    for node in graph:
-        for value in node.outputs:
-            if _is_float(value.dtype) and not value.is_graph_output():
-                value.type = ir.TensorType(ir.DataType.BFLOAT16)
-
-
-def _cast_outputs(graph: Any) -> None:
-    import onnx_ir as ir
-
-    for position, value in enumerate(list(graph.outputs)):
-        if not _is_float(value.dtype) or value.is_graph_input():
-            continue
-        name, shape = value.name, value.shape
-        value.name = f"{name}_bfloat16"
-        value.type = ir.TensorType(ir.DataType.BFLOAT16)
-        node = _cast(graph, value, ir.DataType.FLOAT, name)
-        node.outputs[0].shape = shape
-        graph.append(node)
-        graph.outputs[position] = node.outputs[0]

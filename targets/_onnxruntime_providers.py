@@ -21,6 +21,12 @@ ASYMMETRIC = QuantizationStyle("asymmetric-activations", "uint8", "int8", False,
 SYMMETRIC = QuantizationStyle("symmetric", "int8", "int8", activation_symmetric=True, weight_per_channel=True)
 SIGNED = QuantizationStyle("symmetric", "int8", "int8", True, True, unsigned_activations=False)
 
+WEIGHTS_ALONE = tuple(
+    QuantizationStyle(f"{kind}-weights", "float", kind, True, True) for kind in ("int4", "uint4", "int8")
+)
+"""Taken into a product (MatMulNBits) where weights lie [in, out] in groups of 16, 32, 64 and so on, or of whole channels; it
+rounds activations to 8 bits in groups then."""
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -47,7 +53,7 @@ class Provider:
 PROVIDERS = {
     # Measured with VNNI and AMX: signed and unsigned activations cost the same (they are turned into unsigned ones), both
     # a third to a quarter of f32, unsigned weights more than f32. Asymmetric ones come first: they resolve finer.
-    "": Provider(CPU, "onnxruntime", "cpu", styles=(ASYMMETRIC, SYMMETRIC)),
+    "": Provider(CPU, "onnxruntime", "cpu", styles=(ASYMMETRIC, SYMMETRIC, *WEIGHTS_ALONE)),
     "cuda": Provider(
         "CUDAExecutionProvider",
         "onnxruntime-gpu[cuda,cudnn]",

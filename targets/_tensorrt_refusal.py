@@ -79,7 +79,7 @@ _SPECTRA = ("DFT", "STFT", "MelWeightMatrix", "HannWindow", "HammingWindow", "Bl
 
 REWRITES: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (_QDQ, r"zero.?p(oin)?t|shiftIsAllZeros|asymmetric|uint8",
-     "TensorRT's quantization is symmetric: quantize with symmetric int8 activations (quantize-int8 with preset: performance)"),
+     "TensorRT's quantization is symmetric: quantize with symmetric activations (quantize-int8 with activations: symmetric)"),
     (_QDQ, r"axis|scale",
      "weights want one scale for each output channel and activations one scale: quantize anew with quantize-int8"),
     (_INTEGER, "",

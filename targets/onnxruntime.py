@@ -15,6 +15,7 @@ Runtime has casts there and few kernels, so a model that holds it may be refused
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from perwatt.artifact import Artifact
-from perwatt.contract import Capabilities, Clock, OperatingPoint, Program, Target
+from perwatt.contract import Capabilities, Clock, NodeCost, OperatingPoint, Program, Target, as_calls
 from perwatt.errors import BackendError, InputError
 from perwatt.measurement import Window
 from perwatt.signature import Array, Batch, Signature, TensorSpec
@@ -38,6 +39,7 @@ from perwatt.targets._onnxruntime_load import (
     telling_words,
     to_value,
 )
+from perwatt.targets._onnxruntime_profile import node_costs
 from perwatt.targets._onnxruntime_providers import PROVIDERS, Provider, capabilities, chain
 from perwatt.targets._run_script import run_script
 
@@ -94,6 +96,16 @@ class ONNXRuntime(Target):
         assert artifact.path is not None, "lowering needs the artifact on disk: call artifact.file(folder) first"
         return ONNXRuntimeProgram(artifact.path, artifact.signature, point, self.variant)
 
+    def profile(
+        self, artifact: Artifact, point: OperatingPoint, samples: Sequence[Batch], seconds: float
+    ) -> list[NodeCost]:
+        """By ONNX Runtime's profiler. Raises BackendError with its own words."""
+        assert artifact.path is not None
+        with tempfile.TemporaryDirectory(prefix="perwatt-profile-") as folder:
+            where = Path(folder) / "profile"
+            program = ONNXRuntimeProgram(artifact.path, artifact.signature, point, self.variant, profile=where)
+            return node_costs(program, as_calls(artifact.signature, samples, program.batch_size or 1), seconds)
+
     def load(self, folder: Path, signature: Signature, point: OperatingPoint) -> Program:
         """What `save` wrote. Raises BackendError with ONNX Runtime's own words."""
         own = folder / "model.ort"
@@ -123,7 +135,9 @@ class ONNXRuntime(Target):
 class ONNXRuntimeProgram(Program):
     """One session. Raises BackendError where ONNX Runtime refuses the model or the provider does not start."""
 
-    def __init__(self, path: Path, signature: Signature, point: OperatingPoint, variant: str = "") -> None:
+    def __init__(
+        self, path: Path, signature: Signature, point: OperatingPoint, variant: str = "", profile: Path | None = None
+    ) -> None:
         self.path, self.signature, self.variant = path, signature, variant
         provider, batch = PROVIDERS[variant], signature.batch
         precision = point.floating_precision or next(iter(provider.precisions))
@@ -149,6 +163,7 @@ class ONNXRuntimeProgram(Program):
             "session": _session_config(point, threads),
             "free_dimensions": overridden,
             "providers": providers,
+            **({} if profile is None else {"profile": str(profile)}),
         }
         start = time.perf_counter()
         self.session = _session(path, _options(self.settings), providers, self.settings["disabled_optimizers"])
@@ -249,6 +264,8 @@ def _options(settings: dict[str, Any]) -> Any:
     options.inter_op_num_threads = 1
     for key, setting in settings.get("session", {}).items():
         options.add_session_config_entry(key, setting)
+    if "profile" in settings:
+        options.enable_profiling, options.profile_file_prefix = True, settings["profile"]
     for symbol, size in settings.get("free_dimensions", {}).items():
         options.add_free_dimension_override_by_name(symbol, size)
     return options

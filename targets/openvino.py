@@ -26,12 +26,22 @@ from typing import Any, ClassVar
 import numpy as np
 
 from perwatt.artifact import Artifact
-from perwatt.contract import Capabilities, Clock, OperatingPoint, Program, QuantizationStyle, Target
+from perwatt.contract import (
+    Capabilities,
+    Clock,
+    NodeCost,
+    OperatingPoint,
+    Program,
+    QuantizationStyle,
+    Target,
+    as_calls,
+)  # fmt: skip
 from perwatt.errors import BackendError, InputError
 from perwatt.measurement import Window
 from perwatt.signature import Batch, Signature, TensorSpec
 from perwatt.targets import _cpu, _openvino_cache
 from perwatt.targets._openvino_load import Load, in_words, telling_lines
+from perwatt.targets._openvino_profile import node_costs
 from perwatt.targets._run_script import run_script
 
 DEVICES = {"": "CPU", "gpu": "GPU", "npu": "NPU"}
@@ -39,6 +49,12 @@ HINTS = {"single-stream": "LATENCY", "offline": "THROUGHPUT", "server": "THROUGH
 PRECISIONS = {"bf16": "bf16", "f32": "f32", "f16": "f16"}
 """Ours to OpenVINO's names; the default that the plugin reports is among them."""
 
+INTEGER_OPERATORS = ("Add", "AveragePool", "GlobalAveragePool")
+WEIGHTS_ALONE = tuple(
+    QuantizationStyle(f"{kind}-weights", "float", kind, True, True) for kind in ("int4", "uint4", "int8")
+)
+"""They stay codes in memory and are unpacked within the product, before which activations are rounded to 8 bits in groups where
+floating point is f32. Seen on the CPU alone."""
 HALVES = {"bf16": ("BF16", "bfloat16"), "f16": ("FP16", "float16")}
 """What a plugin calls the ability, and NumPy the type."""
 MENDED_BY = {
@@ -98,8 +114,9 @@ class OpenVINO(Target):
         offered = [p for p in able if p != "f16" or self.variant]
         styles = (
             # Asymmetric signed activations do not compile in every model, so symmetric ones come first.
-            QuantizationStyle("symmetric", "int8", "int8", activation_symmetric=True, weight_per_channel=True),
-            QuantizationStyle("asymmetric-activations", "uint8", "int8", False, True),
+            QuantizationStyle("symmetric", "int8", "int8", True, True, operators=INTEGER_OPERATORS),
+            QuantizationStyle("asymmetric-activations", "uint8", "int8", False, True, operators=INTEGER_OPERATORS),
+            *(WEIGHTS_ALONE if not self.variant else ()),
         )
         return Capabilities(
             isa=() if self.variant else _cpu.cpu_isa(),
@@ -126,6 +143,14 @@ class OpenVINO(Target):
         """Read, make the batch static, compile. Raises BackendError with OpenVINO's own words."""
         assert artifact.path is not None, "lowering needs the artifact on disk: call artifact.file(folder) first"
         return _compiled(artifact.path, artifact.signature, point, self.plugin)
+
+    def profile(
+        self, artifact: Artifact, point: OperatingPoint, samples: Sequence[Batch], seconds: float
+    ) -> list[NodeCost]:
+        """By the plugin's counters. Raises BackendError with OpenVINO's own words."""
+        assert artifact.path is not None
+        program = _compiled(artifact.path, artifact.signature, replace(point, streams=1), self.plugin, profiled=True)
+        return node_costs(program, as_calls(artifact.signature, samples, program.batch_size or 1), seconds)
 
     def load(self, folder: Path, signature: Signature, point: OperatingPoint) -> Program:
         """Compile what `save` wrote. Raises BackendError with OpenVINO's own words."""
@@ -156,9 +181,11 @@ class OpenVINO(Target):
         return {"openvino": version("openvino")}
 
 
-def _compiled(path: Path, signature: Signature, point: OperatingPoint, plugin: str) -> Program:
+def _compiled(
+    path: Path, signature: Signature, point: OperatingPoint, plugin: str, profiled: bool = False
+) -> OpenVINOProgram:
     try:
-        return OpenVINOProgram(path, signature, point, plugin)
+        return OpenVINOProgram(path, signature, point, plugin, profiled)
     except BackendError:
         raise
     except Exception as error:
@@ -168,7 +195,9 @@ def _compiled(path: Path, signature: Signature, point: OperatingPoint, plugin: s
 class OpenVINOProgram(Program):
     """A compiled model on one of OpenVINO's devices."""
 
-    def __init__(self, path: Path, signature: Signature, point: OperatingPoint, plugin: str = "CPU") -> None:
+    def __init__(
+        self, path: Path, signature: Signature, point: OperatingPoint, plugin: str = "CPU", profiled: bool = False
+    ) -> None:
         self.signature, self.plugin = signature, plugin
         self.batch_size = batch_size(signature, point)
         self.model = _core().read_model(str(path))
@@ -177,7 +206,7 @@ class OpenVINOProgram(Program):
         precision = point.floating_precision or _default_precision(plugin)
         if precision not in PRECISIONS:
             raise BackendError(f"OpenVINO has no floating precision {precision!r}: known are {', '.join(PRECISIONS)}")
-        self.settings = _settings(point, PRECISIONS[precision], plugin)
+        self.settings = _settings(point, PRECISIONS[precision], plugin) | ({"PERF_COUNT": True} if profiled else {})
         start = time.perf_counter()
         self.compiled, self.from_cache = self._compile(path)
         self.compile_s = time.perf_counter() - start

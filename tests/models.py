@@ -8,6 +8,8 @@ An empty word in a node's inputs is written `-`: `node("Clip", "x - high", "y")`
 from __future__ import annotations
 
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,7 +21,10 @@ from perwatt.artifact import Artifact, graphs_of
 from perwatt.contract import Capabilities, Context, QuantizationStyle
 from perwatt.data import Samples
 from perwatt.recipe import Budget
+from perwatt.reference import Reference
 
+# Artifacts remember their files, so these have to outlive a test.
+SCRATCH = tempfile.TemporaryDirectory(prefix="perwatt-tests-")
 SYMMETRIC = QuantizationStyle("symmetric", "int8", "int8", True, True)
 ASYMMETRIC = QuantizationStyle("asymmetric", "uint8", "int8", False, True)
 
@@ -201,8 +206,14 @@ def outputs(artifact, batch):
     return dict(zip(names, session.run(names, batch), strict=True))
 
 
-def context(samples=None, half=("bfloat16",), styles=(SYMMETRIC,), seed=0):
-    """What a pass is given; `samples` is a Samples, or the batches to make one of."""
+def executed(artifact, batches, taps=(), optimized=False):
+    """The numeric reference, in this process."""
+    return Reference(artifact, Path(SCRATCH.name), taps, optimized=optimized).run(batches)
+
+
+def context(samples=None, half=("bfloat16",), styles=(SYMMETRIC,), seed=0, **asked):
+    """What a pass is given; `samples` is a Samples, or the batches to make one of. `asked`: the `execute`, `measure` and
+    `profile` that it may use."""
     held = samples if isinstance(samples, Samples) else Samples(samples or [])
 
     def not_here(*_):
@@ -211,7 +222,8 @@ def context(samples=None, half=("bfloat16",), styles=(SYMMETRIC,), seed=0):
     return Context(
         samples=lambda role: held,
         capabilities=Capabilities(half_types=half, quantization_styles=styles),
-        budget=Budget(), seed=seed, deadline=None, progress=lambda text: None, execute=not_here, measure=not_here,
+        budget=Budget(), seed=seed, deadline=None, progress=lambda text: None,
+        **(dict.fromkeys(("execute", "measure", "profile", "judge"), not_here) | asked),
     )  # fmt: skip
 
 

@@ -231,7 +231,8 @@ def pipeline(artifact: Artifact, samples: dict[str, np.ndarray] | None, folder: 
 
     context = Context(
         samples=lambda role: given, capabilities=Capabilities(), budget=Budget(), seed=0, deadline=None,
-        progress=lambda text: None, execute=not_here, measure=not_here,
+        progress=lambda text: None, execute=not_here, measure=not_here, profile=not_here,
+        judge=not_here,
     )  # fmt: skip
 
     def isolated(made_by: Pass, before: Artifact, capabilities: Capabilities) -> Any:

@@ -99,7 +99,7 @@ def write_bad_inputs(here: Path) -> None:
     np.savez(here / "short.npz", x=x, labels=np.zeros(7, int))
     np.savez(here / "chance.npz", x=np.load(here / "samples.npz")["x"], labels=np.arange(200) % 4)
     (here / "key.yaml").write_text("model: {path: net.onnx}\nbudget: {max_dorp: 1}\n")
-    (here / "setting.yaml").write_text("model: {path: net.onnx}\npasses: [{quantize-int8: {presett: mixed}}]\n")
+    (here / "setting.yaml").write_text("model: {path: net.onnx}\npasses: [{quantize-int8: {activation: symmetric}}]\n")
     (here / "broken.yaml").write_text("model: [unclosed\n")
     (here / "list.yaml").write_text("- net.onnx\n")
 
@@ -123,7 +123,7 @@ BAD_INPUT = {
     "unknown target": ("net.onnx --target nul", ("unknown target 'nul'", "null")),
     "unknown option": ("net.onnx --max-dro 1", ("--max-dro", "--max-drop")),
     "unknown recipe key": ("--config key.yaml", ("max_dorp", "max_drop")),
-    "unknown setting": ("--config setting.yaml", ("presett", "preset")),
+    "unknown setting": ("--config setting.yaml", ("activation", "activations")),
     "bad YAML": ("--config broken.yaml", ("broken.yaml is not YAML",)),
     "no recipe": ("--config list.yaml", ("list.yaml is no recipe", "optimize init")),
     "missing recipe": ("--config none.yaml", ("none.yaml",)),

@@ -88,7 +88,12 @@ def test_the_ledger_has_a_row_for_every_pass_with_drift_time_size_and_operators(
     report = made[0].report
     names = [entry["name"] for entry in report["passes"]]
     repeated = {name for name in names if names.count(name) > 1}
-    assert names[0] == "read" and repeated <= {"cancel-reshapes", "common-subexpression", "remove-dead"}
+    assert names[0] == "read" and repeated <= {
+        "cancel-reshapes",
+        "common-subexpression",
+        "remove-dead",
+        "quantize-int8",
+    }
     assert {
         "fold-constants",
         "common-subexpression",

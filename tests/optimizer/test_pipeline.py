@@ -97,8 +97,10 @@ class Bench:
             seed=0,
             deadline=None,
             progress=lambda text: None,
-            execute=lambda artifact, batches, taps: [],
+            execute=lambda artifact, batches, taps=(), optimized=False: iter(()),
             measure=lambda artifacts: [],
+            profile=lambda artifact: [],
+            judge=lambda artifact: None,
         )
         proof = Proof(
             self.check,

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from models import build, conv_net, feed, mlp, no_batch, node, outputs, proto, transformer, weight
+from models import build, context, conv_net, feed, mlp, no_batch, node, outputs, proto, transformer, weight
 
 from perwatt.artifact import Artifact
 from perwatt.errors import BackendError
@@ -66,7 +66,7 @@ def test_letting_the_runtime_fuse_changes_next_to_nothing(tmp_path):
 
 
 def test_a_type_that_onnx_runtime_has_no_kernels_for_is_run_by_the_interpreter(tmp_path):
-    half, _ = CastHalf().run(conv_net(), None)
+    half, _ = CastHalf().run(conv_net(), context())
     batch = feed(conv_net())
     runner = Reference(half, tmp_path)
     assert runner.interpreter is not None

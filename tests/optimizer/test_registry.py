@@ -21,7 +21,7 @@ CLEAN = [
 ]  # fmt: skip
 TIDY = ["cancel-reshapes", "common-subexpression", "remove-dead"]
 """What runs once more after fusing."""
-PRECISION = ("cast-half", "quantize-int8")
+PRECISION = ("cast-half", "quantize-fp8", *("quantize-int8",) * 3, "assign-precision")
 NOT_BY_DEFAULT = ["merge-convolutions", "merge-projections"]
 
 
@@ -38,7 +38,9 @@ def plain(steps):
 
 def fake(name, stage=Stage.CLEAN, after=(), in_default=True, also_after=None):
     """A class that says no more of itself than the registry asks."""
-    return SimpleNamespace(name=name, stage=stage, after=after, in_default=in_default, also_after=also_after)
+    return SimpleNamespace(
+        name=name, stage=stage, after=after, in_default=in_default, also_after=also_after, variants=({},)
+    )
 
 
 @pytest.fixture
@@ -212,9 +214,9 @@ def test_settings_become_the_fields_of_the_pass():
         ({"subset_size": "many"}, "quantize-int8.subset_size: Input should be a valid integer"),
         ({"subset_size": "300"}, "quantize-int8.subset_size: Input should be a valid integer"),
         ({"subset_size": True}, "quantize-int8.subset_size: Input should be a valid integer"),
-        ({"fast_bias_correction": 1}, "quantize-int8.fast_bias_correction: Input should be a valid boolean"),
+        ({"bias_correction": 1}, "quantize-int8.bias_correction: Input should be a valid boolean"),
         ({"exclude": "/a/*"}, "quantize-int8.exclude: Input should be a valid array"),
-        ({"preset": "best"}, "quantize-int8.preset: Input should be 'auto', 'performance' or 'mixed'"),
+        ({"activations": "best"}, "quantize-int8.activations: Input should be 'auto', 'symmetric' or 'asymmetric'"),
         ({"exclude": {1, 2}}, "the settings of quantize-int8 must be plain data"),
     ],
 )
@@ -290,11 +292,12 @@ def test_passes_that_wait_for_each_other_are_an_error(only):
 @pytest.mark.parametrize(
     ("edits", "result"),
     [
-        ("-quantize-int8", [*CLEAN, ..., *TIDY, ("cast-half",)]),
-        ("-quantize-int8,-cast-half", [*CLEAN, ..., *TIDY]),
+        ("-quantize-int8", [*CLEAN, ..., *TIDY, ("cast-half", "quantize-fp8", "assign-precision")]),
+        ("-quantize-int8,-quantize-fp8,-cast-half,-assign-precision", [*CLEAN, ..., *TIDY]),
         ("-fold-constants, -remove-dead", [*sorted({*CLEAN} - {"fold-constants", "remove-dead"}, key=CLEAN.index), ...,
                                            *TIDY[:2], PRECISION]),
         ("fold-batchnorm,cast-half", ["fold-batchnorm", "cast-half"]),
+        ("lossless", [*CLEAN, ..., *TIDY]),
         ("+remove-dead", [*CLEAN, ..., *TIDY, PRECISION]),
     ],
 )  # fmt: skip
@@ -331,7 +334,13 @@ ACCEPTED = [
     {},
     {"passes": "default"},
     {"passes": []},
-    {"passes": ["fold-batchnorm", {"quantize-int8": {"exclude": ["/a/*"], "preset": "mixed"}}, {"remove-dead": None}]},
+    {
+        "passes": [
+            "fold-batchnorm",
+            {"quantize-int8": {"exclude": ["/a/*"], "activations": "asymmetric"}},
+            {"remove-dead": None},
+        ]
+    },
     {"passes": [{"one-of": ["cast-half", {"quantize-int8": {"subset_size": 5}}]}]},
     {"budget": {"time": "10m", "p99_ms": "20ms", "min_gain": "3%", "max_drop": 1}},
     {"budget": {"time": 600, "p99_ms": 20.5, "min_gain": 0.05, "max_drop": None}},
@@ -351,7 +360,7 @@ REFUSED = [
     {"passes": [{"quantize-int8": {"exlude": []}}]},
     {"passes": [{"quantize-int8": {"subset_size": "300"}}]},
     {"passes": [{"quantize-int8": {"subset_size": True}}]},
-    {"passes": [{"quantize-int8": {"preset": "best"}}]},
+    {"passes": [{"quantize-int8": {"activations": "best"}}]},
     {"passes": [{"remove-dead": {"x": 1}}]},
     {"passes": [{"remove-dead": {}, "cast-half": {}}]},
     {"passes": [{"one-of": []}]},

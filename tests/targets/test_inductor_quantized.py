@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
-from models import build, context, conv_net, feed, node, outputs, transformer, weight
+from models import ASYMMETRIC, SYMMETRIC, build, context, conv_net, executed, feed, node, outputs, transformer, weight
 
 from perwatt.contract import OperatingPoint
 from perwatt.interpreter import Interpreter
@@ -25,7 +25,8 @@ BATCH = 16
 def quantized(artifact, **settings):
     """By the pass, on random samples."""
     samples = [feed(artifact, items=BATCH, seed=seed) for seed in range(4)]
-    return QuantizeInt8(**settings).run(artifact, context(samples))[0]
+    given = context(samples, styles=(SYMMETRIC, ASYMMETRIC), execute=executed)
+    return QuantizeInt8(**settings).run(artifact, given)[0]
 
 
 def residual():
@@ -72,9 +73,10 @@ def rewritten(artifact, device):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("make", [conv_net, residual, block, transformer])
-@pytest.mark.parametrize("preset", ["performance", "mixed"])
-def test_the_rewritten_graph_gives_what_q_and_dq_say(make, preset, device):
-    artifact = quantized(make(), preset=preset)
+@pytest.mark.parametrize("activations", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("quantizer", ["own", "nncf"])
+def test_the_rewritten_graph_gives_what_q_and_dq_say(make, quantizer, activations, device):
+    artifact = quantized(make(), quantizer=quantizer, activations=activations)
     made, count, targets = rewritten(artifact, device)
     assert count > 0
     batch = feed(artifact, items=3, seed=9)

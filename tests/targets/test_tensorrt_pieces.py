@@ -119,7 +119,7 @@ def test_asymmetric_activations_are_refused_with_the_rewrite_on_a_scripted_stand
     )
     assert (
         caught.value.fix.startswith("TensorRT's quantization is symmetric")
-        and "preset: performance" in caught.value.fix
+        and "activations: symmetric" in caught.value.fix
     )
     assert machine.builds == []
 
