@@ -24,6 +24,8 @@ def compiled() -> Any:
     global cuda
     from numba import cuda, float64, int64
 
+    from perwatt.kernels._cuda_functions import larger, smaller
+
     def columns(x: Any, outer: int, parts: Any, lost: Any) -> None:
         """A thread a column, neighbours beside each other: a warp reads 32 values side by side, row after row."""
         column = cuda.grid(1)
@@ -39,8 +41,8 @@ def compiled() -> Any:
                 elif math.isinf(value):
                     infinite += 1
                 else:
-                    low = min(low, value)
-                    high = max(high, value)
+                    low = smaller(low, value)
+                    high = larger(high, value)
                     total += value
                     squares += value * value
             parts[0, piece, column] = low
@@ -65,8 +67,8 @@ def compiled() -> Any:
             elif math.isinf(value):
                 infinite += 1
             else:
-                low = min(low, value)
-                high = max(high, value)
+                low = smaller(low, value)
+                high = larger(high, value)
                 total += value
                 squares += value * value
         found[0, thread], found[1, thread], found[2, thread], found[3, thread] = low, high, total, squares
@@ -75,8 +77,8 @@ def compiled() -> Any:
         while half:
             cuda.syncthreads()
             if thread < half:
-                found[0, thread] = min(found[0, thread], found[0, thread + half])
-                found[1, thread] = max(found[1, thread], found[1, thread + half])
+                found[0, thread] = smaller(found[0, thread], found[0, thread + half])
+                found[1, thread] = larger(found[1, thread], found[1, thread + half])
                 found[2, thread] += found[2, thread + half]
                 found[3, thread] += found[3, thread + half]
                 left_out[0, thread] += left_out[0, thread + half]

@@ -92,10 +92,12 @@ def _kernels() -> dict[str, Any]:
     global cuda
     from numba import cuda, float64, int64
 
+    from perwatt.kernels._cuda_functions import larger, smaller
+
     @cuda.jit(device=True)  # type: ignore[untyped-decorator]
     def beyond(tables: Any, row: int, side: int, reach: float, threshold: float) -> Any:
-        place = max(reach - threshold, 0.0)
-        edge = int(min(place, float(tables.shape[3] - 1)))
+        place = larger(reach - threshold, 0.0)
+        edge = int(smaller(place, float(tables.shape[3] - 1)))
         rest = place - edge
         return tables[0, row, side, edge] + rest * (tables[1, row, side, edge] + rest * tables[2, row, side, edge])
 
@@ -117,7 +119,7 @@ def _kernels() -> dict[str, Any]:
         twice_before = cuda.shared.array(32, int64)
         bins = counts.shape[1]
         each = (bins + 31) // 32
-        start, stop = min(thread * each, bins), min((thread + 1) * each, bins)
+        start, stop = smaller(thread * each, bins), smaller((thread + 1) * each, bins)
         passed = twice = 0
         for edge in range(start, stop):
             count = counts[row, edge if side == 0 else bins - 1 - edge]
@@ -130,7 +132,7 @@ def _kernels() -> dict[str, Any]:
             for other in range(32):
                 its, its_twice = before[other], twice_before[other]
                 before[other], twice_before[other] = passed, twice
-                width = min((other + 1) * each, bins) - min(other * each, bins)
+                width = smaller((other + 1) * each, bins) - smaller(other * each, bins)
                 twice += its_twice + 2 * passed * width
                 passed += its
         cuda.syncthreads()
@@ -192,7 +194,7 @@ def _kernels() -> dict[str, Any]:
         entropic = cuda.shared.array(32, float64)
         bins, zero, size = counts.shape[1], zeros[row], logs.shape[1] - 1
         each = (size + 31) // 32
-        start, stop = min(thread * each, size), min((thread + 1) * each, size)
+        start, stop = smaller(thread * each, size), smaller((thread + 1) * each, size)
         # First each thread's own sums, then with those of all threads before it.
         for turn in range(2):
             passed = filled = 0
@@ -225,7 +227,7 @@ def _kernels() -> dict[str, Any]:
         row, trial, lane = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
         lanes = cuda.shared.array(32, float64)
         # Rows with fewer trials repeat their last one, which comes first and so changes nothing.
-        bins = min(firsts[row] + trial, sizes[row])
+        bins = smaller(firsts[row] + trial, sizes[row])
         total, within = whole[0, row, logs.shape[1] - 1], whole[0, row, bins]
         last = within - whole[0, row, bins - 1]
         merged = 0.0

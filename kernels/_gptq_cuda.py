@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
+from perwatt.kernels._cuda_functions import larger, smaller
 from perwatt.kernels._gptq_cpu import ASYMMETRIC, LEAST_SCALE, ONE, ROUND, SIGNED, TWO, ZERO
 
 Tensor = Any
@@ -28,7 +29,7 @@ def search(
         error = ZERO
         for i in range(first, last):
             step = values[i, row] * inverse
-            missed = step - ((min(max(step, low), high) + ROUND) - ROUND)
+            missed = step - ((smaller(larger(step, low), high) + ROUND) - ROUND)
             error += weight[i] * missed * missed
         error *= factors[f] * factors[f]
         if error < best:
@@ -52,8 +53,8 @@ def find_scale(
 ) -> None:
     least, most = ZERO, ZERO
     for i in range(first, last):
-        least = min(least, values[i, row])
-        most = max(most, values[i, row])
+        least = smaller(least, values[i, row])
+        most = larger(most, values[i, row])
     low = ZERO if mode == ASYMMETRIC else -half
     high = low + TWO * half - ONE
     if mode == ASYMMETRIC:
@@ -61,10 +62,10 @@ def find_scale(
     elif mode == SIGNED:
         scale = (most if most > -least else least) / -half
     else:
-        scale = max(most / (half - ONE), -least / half)
+        scale = larger(most / (half - ONE), -least / half)
     if abs(scale) < LEAST_SCALE:
         scale = ONE
-    zero = min((-least / scale + ROUND) - ROUND, high) if mode == ASYMMETRIC else ZERO
+    zero = smaller((-least / scale + ROUND) - ROUND, high) if mode == ASYMMETRIC else ZERO
     if len(factors) > 0:
         scale = search(values, weight, first, last, row, scale, low - zero, high - zero, factors)
     scales[row] = scale
@@ -78,7 +79,7 @@ def find_scales(
     row, group = cuda.grid(2)
     if row < values.shape[1] and group < scales.shape[0]:
         first = group * group_size
-        last = min(first + group_size, values.shape[0])
+        last = smaller(first + group_size, values.shape[0])
         find_scale(values, weight, first, last, row, half, mode, factors, scales[group], zeros[group])
 
 
@@ -98,7 +99,7 @@ def block(
         if columns[i] // group_size != group:
             group = columns[i] // group_size
             if not static:
-                last = min(size, i + group_size)
+                last = smaller(size, i + group_size)
                 for j in range(i, last):
                     moved = given[j, row] + shift[j, row]
                     for k in range(i):
@@ -109,7 +110,7 @@ def block(
         moved = given[i, row] + shift[i, row]
         for k in range(i):
             moved -= coefficients[i, k] * missed[k, row]
-        step = (min(max(moved * (ONE / scale), low - zero), high - zero) + ROUND) - ROUND
+        step = (smaller(larger(moved * (ONE / scale), low - zero), high - zero) + ROUND) - ROUND
         missed[i, row] = moved - step * scale
         errors[i, row] = step * scale - given[i, row]
         codes[i, row] = np.int16(step + zero)

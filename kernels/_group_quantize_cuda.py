@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32, float64, int64
 
+from perwatt.kernels._cuda_functions import larger, smaller
 from perwatt.kernels._group_quantize_cpu import ASYMMETRIC, LEAST_SCALE, SIGNED
 
 WIDTH = 32
@@ -37,17 +38,6 @@ def _kernel(function: Callable[..., Any]) -> Any:
 
 
 @_device
-def _less(a: Any, b: Any) -> Any:
-    """`min`, which Numba 0.68 doesn't compile for GPUs, as it takes any number of arguments."""
-    return a if a < b else b
-
-
-@_device
-def _more(a: Any, b: Any) -> Any:
-    return a if a > b else b
-
-
-@_device
 def _load(weights: Any, tile: Any, starts: Any, lengths: Any, first: Any, stride: Any) -> None:
     x = cuda.threadIdx.x
     if stride == 1:
@@ -55,7 +45,7 @@ def _load(weights: Any, tile: Any, starts: Any, lengths: Any, first: Any, stride
             if first + x < lengths[group]:
                 tile[group, x] = weights[starts[group] + first + x]
     else:
-        for i in range(_less(WIDTH, lengths[x] - first)):
+        for i in range(smaller(WIDTH, lengths[x] - first)):
             tile[x, i] = weights[starts[x] + (first + i) * stride]
     cuda.syncthreads()
 
@@ -69,7 +59,7 @@ def _store(codes: Any, tile: Any, starts: Any, lengths: Any, first: Any, stride:
             if first + x < lengths[group]:
                 codes[starts[group] + first + x] = int(tile[group, x])
     else:
-        for i in range(_less(WIDTH, lengths[x] - first)):
+        for i in range(smaller(WIDTH, lengths[x] - first)):
             codes[starts[x] + (first + i) * stride] = int(tile[x, i])
     cuda.syncthreads()
 
@@ -77,7 +67,7 @@ def _store(codes: Any, tile: Any, starts: Any, lengths: Any, first: Any, stride:
 @_device
 def _rounded(step: Any, low: Any, high: Any, zero: Any) -> Any:
     """Clipped, then rounded half to even: the same as the other way round, because the bounds are integers."""
-    return np.float32(round(_less(_more(step, low - zero), high - zero)))
+    return np.float32(round(smaller(larger(step, low - zero), high - zero)))
 
 
 @_kernel
@@ -115,18 +105,18 @@ def _quantize(
         at = row * stride + column
         inside = column < stride
     starts[x] = (before * length + g * group) * stride + column
-    lengths[x] = _less(group, length - g * group) if inside else 0
+    lengths[x] = smaller(group, length - g * group) if inside else 0
     cuda.syncthreads()
-    longest = _less(group, length)
+    longest = smaller(group, length)
 
     smallest, largest = np.float32(math.inf), np.float32(-math.inf)
     finite = inside
     for first in range(0, longest, WIDTH):
         _load(weights, tile, starts, lengths, first, stride)
-        for i in range(_less(WIDTH, lengths[x] - first)):
+        for i in range(smaller(WIDTH, lengths[x] - first)):
             value = tile[x, i]
             finite = finite and not (math.isnan(value) or math.isinf(value))
-            smallest, largest = _less(smallest, value), _more(largest, value)
+            smallest, largest = smaller(smallest, value), larger(largest, value)
         cuda.syncthreads()
     if inside and not finite:
         cuda.atomic.max(infinite, 0, 1)
@@ -138,12 +128,12 @@ def _quantize(
         half = (high - low + ONE) / TWO
         zero = low + half
         if mode == ASYMMETRIC:
-            smallest, largest = _less(smallest, ZERO), _more(largest, ZERO)
+            smallest, largest = smaller(smallest, ZERO), larger(largest, ZERO)
             scale = np.float32((np.float64(largest) - np.float64(smallest)) / np.float64(high - low))
         elif mode == SIGNED:
             scale = (largest if largest > -smallest else smallest) / -half
         else:
-            scale = _more(largest / (half - ONE), smallest / -half)
+            scale = larger(largest / (half - ONE), smallest / -half)
         if abs(scale) < LEAST_SCALE:
             scale = ONE
         if mode == ASYMMETRIC:
@@ -154,7 +144,7 @@ def _quantize(
             errors[k] = 0.0
         for first in range(0, longest, WIDTH):
             _load(weights, tile, starts, lengths, first, stride)
-            for i in range(_less(WIDTH, lengths[x] - first)):
+            for i in range(smaller(WIDTH, lengths[x] - first)):
                 step = tile[x, i] / scale
                 for k in range(tried):
                     shrunk = step / factors[k]
@@ -173,7 +163,7 @@ def _quantize(
         zeros[at] = int(zero)
     for first in range(0, longest, WIDTH):
         _load(weights, tile, starts, lengths, first, stride)
-        for i in range(_less(WIDTH, lengths[x] - first)):
+        for i in range(smaller(WIDTH, lengths[x] - first)):
             tile[x, i] = _rounded(tile[x, i] / scale, low, high, zero) + zero
         _store(codes, tile, starts, lengths, first, stride)
 

@@ -19,6 +19,8 @@ def compiled(bins: int) -> Any:
     global cuda
     from numba import cuda, float32, int32, int64
 
+    from perwatt.kernels._cuda_functions import larger
+
     half = bins // 2
 
     def survey_runs(x: Any, outer: int, inner: int, largest: Any, lost: Any) -> None:
@@ -39,7 +41,7 @@ def compiled(bins: int) -> Any:
             elif math.isinf(value):
                 infinite += int32(1)
             else:
-                high = max(high, value)
+                high = larger(high, value)
         cuda.atomic.max(found, 0, high)
         cuda.atomic.add(left_out, 0, nan)
         cuda.atomic.add(left_out, 1, infinite)
@@ -61,7 +63,7 @@ def compiled(bins: int) -> Any:
                 elif math.isinf(value):
                     infinite += 1
                 else:
-                    high = max(high, value)
+                    high = larger(high, value)
             channel = column // inner
             cuda.atomic.max(largest, channel, high)
             cuda.atomic.add(lost, (0, channel), nan)
@@ -77,7 +79,7 @@ def compiled(bins: int) -> Any:
         for i in range(cuda.blockIdx.y * THREADS + cuda.threadIdx.x, outer * inner, cuda.gridDim.y * THREADS):
             value = x[(i // inner * channels + channel) * inner + i % inner]
             if math.isfinite(value):
-                place = max(int32(math.ceil(abs(value) * scales[channel])), 1)
+                place = larger(int32(math.ceil(abs(value) * scales[channel])), 1)
                 cuda.atomic.add(table, half - place if value < 0 else half - 1 + place, int32(1))
         cuda.syncthreads()
         for b in range(cuda.threadIdx.x, bins, THREADS):
@@ -92,7 +94,7 @@ def compiled(bins: int) -> Any:
             for row in range(cuda.blockIdx.y, outer, cuda.gridDim.y):
                 value = x[row * width + column]
                 if math.isfinite(value):
-                    place = max(int32(math.ceil(abs(value) * scales[channel])), 1)
+                    place = larger(int32(math.ceil(abs(value) * scales[channel])), 1)
                     cuda.atomic.add(counts, (channel, half - place if value < 0 else half - 1 + place), int64(1))
 
     return tuple(cuda.jit(kernel) for kernel in (survey_runs, survey_columns, count_runs, count_columns))

@@ -406,13 +406,15 @@ def _compiled_cuda(channels: int, kind: str) -> Any:
     import numba
     from numba import cuda
 
+    from perwatt.kernels._cuda_functions import smaller
+
     value = getattr(numba, kind)
 
     @cuda.jit  # type: ignore[untyped-decorator]
     def kernel(flat: Any, swap_red_blue: bool, values: Any, out: Any) -> None:
         table = cuda.shared.array((channels, 256), value)
         for at in range(cuda.threadIdx.x, channels * 256, cuda.blockDim.x):
-            table[at // 256, at % 256] = values[min(at // 256, values.shape[0] - 1), at % 256]
+            table[at // 256, at % 256] = values[smaller(at // 256, values.shape[0] - 1), at % 256]
         cuda.syncthreads()
         first = cuda.blockIdx.x * cuda.blockDim.x * GPU_PIXELS + cuda.threadIdx.x
         for image in range(cuda.blockIdx.y, out.shape[0], cuda.gridDim.y):

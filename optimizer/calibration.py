@@ -132,6 +132,11 @@ def calls(artifact: Artifact, samples: Samples, size: int = BATCH) -> list[Batch
     return list(samples.batches(size))
 
 
+def some(artifact: Artifact, samples: Samples, count: int, seed: int) -> Samples:
+    """At most `count` items, drawn at random; all where the model has no batch axis, and an item is no row."""
+    return samples if artifact.signature.batch is None else samples.take(count, seed)
+
+
 def in_random_order(batches: Sequence[Batch], seed: int) -> list[Batch]:
     """The batches shuffled: stored samples are sorted by shape, and the first ones look unlike the rest."""
     return [batches[place] for place in np.random.default_rng(seed).permutation(len(batches))]

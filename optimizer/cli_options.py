@@ -84,7 +84,7 @@ BUDGET: list[Decorator] = [
         "--passes",
         metavar="LIST",
         shell_complete=complete_pass,
-        help="default, lossless, a list in order, or edits: +merge-projections,-fuse-gelu. Settings: in a recipe (optimize init).",
+        help="default, lossless, a list in order, or edits: +merge-projections,-fuse-gelu. Settings: a recipe (optimize init).",
     ),
 ]
 SCENARIO: list[Decorator] = [

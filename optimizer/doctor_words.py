@@ -120,7 +120,7 @@ def capabilities(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ("floating point", ", ".join([f"{default} (its default)" if others else default, *others])),
         ("half types", ", ".join(found["half_types"])),
         ("sparse types", ", ".join(found["sparse_types"])),
-        ("int8", ", ".join(style["name"] for style in found["quantization_styles"])),
+        ("quantization", ", ".join(style["name"] for style in found["quantization_styles"])),
         ("whole operators", ", ".join(found["operators"])),
         ("channel multiples", ", ".join(f"{n} in {kind}" for kind, n in found["channel_multiples"].items())),
         ("instruction sets", ", ".join(found["isa"])),
@@ -132,7 +132,8 @@ def _styles(found: Mapping[str, Any]) -> Iterator[str]:
     for style in found["quantization_styles"]:
         symmetry = "symmetric" if style["activation_symmetric"] else "asymmetric"
         weights = "per channel" if style["weight_per_channel"] else "per tensor"
-        types = f"{symmetry} {style['activation_type']} activations, {style['weight_type']} weights {weights}"
+        data = "float" if style["activation_type"] == "float" else f"{symmetry} {style['activation_type']}"
+        types = f"{data} activations, {style['weight_type']} weights {weights}"
         yield f"  {style['name']}: {types}"
     if not found["quantization_styles"]:
         yield "  none"

@@ -81,4 +81,3 @@ def gain(layers: Sequence[Layer], borders: Sequence[Border], chosen: frozenset[s
     """What the model says a choice saves, in seconds an inference."""
     saved = sum(layer.cost - layer.quantized_cost for layer in layers if layer.name in chosen)
     return saved - sum(b.price for b in borders if (b.first in chosen) != (b.second in chosen))
-

@@ -93,7 +93,9 @@ def is_float(value: Any) -> bool:
 def measure(artifact: Artifact, half: HalfType, samples: Samples, context: Context, most: int) -> Measured:
     """`most`: samples. Raises BackendError where the model can't be run."""
     made, asked = _instrumented(artifact, half)
-    calls = calibration.in_random_order(calibration.calls(artifact, samples.take(most, context.seed)), context.seed)
+    calls = calibration.in_random_order(
+        calibration.calls(artifact, calibration.some(artifact, samples, most, context.seed)), context.seed
+    )
     calls = calls[:BATCHES]
     found = Measured()
     totals: dict[str, float] = {}

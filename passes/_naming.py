@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from typing import Any
 
 from perwatt.artifact import Artifact, Step
@@ -12,10 +13,12 @@ from perwatt.errors import PassError
 def with_names(artifact: Artifact, step: Step) -> Artifact:
     """The artifact with a name of its own for every node; those that have one keep it."""
     model = artifact.edit()
+    given = [node.name for node in model.graph]
     taken: set[str] = set()
     for number, node in enumerate(model.graph):
         wanted = node.name or f"{node.op_type}_{number}"
-        node.name = wanted if wanted not in taken else f"{wanted}_{number}"
+        free = (f"{wanted}_{n}" for n in itertools.count(number))
+        node.name = wanted if wanted not in taken else next(n for n in free if n not in taken and n not in given)
         taken.add(node.name)
     return artifact.after(model, step)
 

@@ -2,7 +2,7 @@
 
 Nothing is known beforehand of which ranges suit a model: clipping outliers wins a convolutional net three decimals and costs a
 transformer everything. So each choice is made and run on a few calibration samples, and the one whose outputs lie nearest to
-the float ones is taken. Statistics are collected once for all of them.
+the float ones is taken. Statistics are collected once for all ways to choose ranges, and once more for smoothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from perwatt import calibration
 from perwatt.artifact import Artifact, Step
-from perwatt.contract import Context, QuantizationStyle
+from perwatt.contract import Capabilities, Context, QuantizationStyle
 from perwatt.data import Samples
 from perwatt.fusion import Builder, names_in, remove_unused
 from perwatt.passes._placement import JOINING, place, products
@@ -80,7 +80,7 @@ def quantize(artifact: Artifact, context: Context, wish: Wish) -> Quantized | No
     artifact = with_types(artifact)
     if not _chosen(artifact, wish):
         return None
-    samples = context.samples("calibrate").take(wish.subset_size, context.seed)
+    samples = calibration.some(artifact, context.samples("calibrate"), wish.subset_size, context.seed)
     smoothed = any(product.kind == "MatMul" and is_stored(product.weight) for product in _chosen(artifact, wish))
     strengths = [wish.strength] if wish.strength is not None else list(STRENGTHS) if smoothed else [0.0]
     methods = list(METHODS) if wish.ranges == "auto" else [wish.ranges]
@@ -89,8 +89,8 @@ def quantize(artifact: Artifact, context: Context, wish: Wish) -> Quantized | No
         found += _by_each(artifact, context, wish, samples, strength, methods)
     if len(found) == 1:
         return found[0]
-    few = samples.take(COMPARED_ON, context.seed + 1)
-    compared = Samples(calibration.calls(artifact, few))
+    few = calibration.some(artifact, samples, COMPARED_ON, context.seed + 1)
+    compared = Samples(calibration.calls(artifact, few), batch_size=few.batch_size)
     wanted = list(context.execute(artifact, compared, (), True))
     errors = [output_error(wanted, list(context.execute(one.artifact, compared, (), True))) for one in found]
     best = int(np.argmin(errors))
@@ -103,9 +103,9 @@ def _by_each(
     """The model quantized with ranges by each of the methods, from one collection of statistics."""
     base = _smoothed(artifact, context, wish, samples, strength)
     style = wish.style
-    placement = place(base.model.graph, _chosen(base, wish), wish.operators)
+    placement = place(base.model.graph, _chosen(base, wish), wish.operators, wish.excluded)
     kind = calibration.Wanted(style.activation_symmetric, style.unsigned_activations)
-    inputs = {product.data.name: channel_axis(product) for product in placement.weights} if wish.bias_correction else {}
+    inputs = channels_of(placement.weights) if wish.bias_correction else {}
     seen = calibration.calibrate(base, dict.fromkeys(placement.sites, kind), samples, context, methods[0], inputs)
     found = []
     for method in methods:
@@ -118,7 +118,7 @@ def _by_each(
 def _put(base: Artifact, wish: Wish, ranges: dict[str, tuple[float, float]], means: dict[str, Any]) -> Artifact:
     model = base.edit()
     taken = names_in(model)
-    placement = place(model.graph, _chosen_in(model.graph, wish), wish.operators)
+    placement = place(model.graph, _chosen_in(model.graph, wish), wish.operators, wish.excluded)
     ranges = {name: range_at(site.value, ranges) for name, site in placement.sites.items()}
     if wish.bias_correction:
         correct_biases(model, placement, means, wish.style, taken)
@@ -190,7 +190,7 @@ def _smoothed(artifact: Artifact, context: Context, wish: Wish, samples: Samples
     if not strength or not chosen:
         return artifact
     inputs = {product.data.name: -1 for product in chosen}
-    few = samples.take(SMOOTHED_ON, context.seed)
+    few = calibration.some(artifact, samples, SMOOTHED_ON, context.seed)
     peaks = calibration.calibrate(artifact, {}, few, context, channels=inputs).peaks
     smooth(model, chosen, peaks, strength, names_in(model))
     return artifact.after(model, Step("smooth"))
@@ -205,6 +205,21 @@ def with_types(artifact: Artifact) -> Artifact:
     model = artifact.edit()
     common.ShapeInferencePass()(model)
     return artifact.after(model, Step("infer-shapes"))
+
+
+def integer_styles(capabilities: Capabilities) -> list[QuantizationStyle]:
+    """The styles with int8 weights and integer activations."""
+    styles = capabilities.quantization_styles
+    return [style for style in styles if style.weight_type == "int8" and style.activation_type in ("int8", "uint8")]
+
+
+def channels_of(wanted: Sequence[Product]) -> dict[str, int]:
+    """The axis of each product's data that counts its input channels; a value that two read along different axes is left
+    out."""
+    axes: dict[str, set[int]] = {}
+    for product in wanted:
+        axes.setdefault(product.data.name, set()).add(channel_axis(product))
+    return {name: next(iter(found)) for name, found in axes.items() if len(found) == 1}
 
 
 def channel_axis(product: Product) -> int:

@@ -122,6 +122,8 @@ def correct_biases(
     for product in placement.weights:
         product = product_from(product.node)
         bias = None if product.bias is None else product.bias_numbers()
+        if product.data.name not in means:
+            continue
         mean = np.asarray(means[product.data.name])
         if bias is None or unfit(product, keeps_weight=True) or not _beta(product):
             continue

@@ -34,7 +34,7 @@ from perwatt.passes._layer_costs import borders_between, by_product, conversions
 from perwatt.passes._naming import with_names
 from perwatt.passes._placement import products
 from perwatt.passes._quantized import quantized_already
-from perwatt.passes._quantizer import Quantized, Wish, layers_twice, quantize
+from perwatt.passes._quantizer import Quantized, Wish, integer_styles, layers_twice, quantize
 from perwatt.signature import Batch
 
 CAREFUL = (1.0, 0.0, 4.0)
@@ -146,7 +146,7 @@ class AssignPrecision(Pass):
     def _damages(self, whole: Quantized, wish: Wish, context: Context) -> dict[str, float]:
         from perwatt import sensitivity
 
-        samples = context.samples("calibrate").take(self.judged_on, context.seed)
+        samples = calibration.some(whole.base, context.samples("calibrate"), self.judged_on, context.seed)
         twice, pairs = layers_twice(whole, wish)
         batches: list[Batch] = calibration.calls(whole.base, samples)
         try:
@@ -166,14 +166,7 @@ def _weighed(borders: Sequence[Border], factor: float) -> list[Border]:
 
 
 def _style(context: Context) -> QuantizationStyle | None:
-    return next(
-        (
-            s
-            for s in context.capabilities.quantization_styles
-            if s.weight_type == "int8" and s.activation_type != "float"
-        ),
-        None,
-    )
+    return next(iter(integer_styles(context.capabilities)), None)
 
 
 def _against(plain: float, others: Sequence[float]) -> str:

@@ -36,7 +36,10 @@ from perwatt.passes import _nncf
 from perwatt.passes._naming import matching, with_names
 from perwatt.passes._placement import PRODUCTS
 from perwatt.passes._quantized import quantized_already
-from perwatt.passes._quantizer import Ranges, Wish, quantize
+from perwatt.passes._quantizer import Ranges, Wish, integer_styles, quantize
+
+OLDEST = 13
+"""The opset since which DequantizeLinear has an axis."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,10 @@ class QuantizeInt8(Pass):
     model_type: Literal["auto", "plain", "transformer"] = "auto"
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
-        if not any("int8" in style.weight_type for style in context.capabilities.quantization_styles):
+        if not integer_styles(context.capabilities):
             yield "this backend has no int8 arithmetic"
+        if (opset := artifact.model.opset_imports.get("", 0)) < OLDEST:
+            yield f"scales for each channel need opset {OLDEST}, this model is opset {opset}"
         if reason := quantized_already(artifact):
             yield reason
         if not any(op in artifact.operator_counts() for op in PRODUCTS):
@@ -98,7 +103,7 @@ class QuantizeInt8(Pass):
 
     def _style(self, context: Context) -> QuantizationStyle:
         """The first style of the backend with int8 weights and the wanted activations."""
-        styles = [style for style in context.capabilities.quantization_styles if "int8" in style.weight_type]
+        styles = integer_styles(context.capabilities)
         wanted = {"auto": styles[0].activation_symmetric, "symmetric": True, "asymmetric": False}[self.activations]
         found = next((style for style in styles if style.activation_symmetric is wanted), None)
         if found is None:
@@ -112,7 +117,7 @@ class QuantizeInt8(Pass):
         return None if found is None else (found.artifact.edit(), found.words())
 
     def _nncf(self, artifact: Artifact, context: Context, excluded: Sequence[str], style: QuantizationStyle) -> Any:
-        samples = context.samples("calibrate").take(self.subset_size, context.seed)
+        samples = calibration.some(artifact, context.samples("calibrate"), self.subset_size, context.seed)
         calls = calibration.calls(artifact, samples, 1)
         transformer = _nncf.is_transformer(artifact) if self.model_type == "auto" else self.model_type == "transformer"
         symmetric = style.activation_symmetric

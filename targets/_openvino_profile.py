@@ -38,6 +38,6 @@ def _sources(compiled: Any) -> dict[str, tuple[str, ...]]:
         told = operation.get_rt_info()
         names = str(told["originalLayersNames"].astype(str)) if "originalLayersNames" in told else ""
         if names:
-            listed = dict.fromkeys(name.removesuffix(ALTERED) for name in names.split(","))
+            listed = dict.fromkeys(name.removesuffix(ALTERED) for name in names.split(",") if name)
             found[operation.get_friendly_name()] = tuple(listed)
     return found

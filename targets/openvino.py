@@ -207,6 +207,8 @@ class OpenVINOProgram(Program):
         if precision not in PRECISIONS:
             raise BackendError(f"OpenVINO has no floating precision {precision!r}: known are {', '.join(PRECISIONS)}")
         self.settings = _settings(point, PRECISIONS[precision], plugin) | ({"PERF_COUNT": True} if profiled else {})
+        if plugin == "CPU" and has_chained_integer_products(self.model):
+            self.settings["SNIPPETS_MODE"] = "DISABLE"
         start = time.perf_counter()
         self.compiled, self.from_cache = self._compile(path)
         self.compile_s = time.perf_counter() - start
@@ -301,6 +303,22 @@ def _settings(point: OperatingPoint, precision: str, plugin: str) -> dict[str, A
     if plugin != "NPU" and point.streams is not None:
         settings["NUM_STREAMS"] = point.streams
     return settings
+
+
+def has_chained_integer_products(model: Any) -> bool:
+    """Whether quantized matrix products on two axes may follow one another: OpenVINO 2026.4 makes one kernel of two such with
+    a static batch, whose results are wrong by orders of magnitude, or zero."""
+    kinds = [operation.get_type_name() for operation in model.get_ordered_ops()]
+    if "FakeQuantize" not in kinds and not any(
+        operation.get_type_name() == "Convert" and operation.get_input_element_type(0).get_type_name() in ("i8", "u8")
+        for operation in model.get_ordered_ops()
+    ):
+        return False
+    flat = [
+        operation for operation in model.get_ordered_ops()
+        if operation.get_type_name() == "MatMul" and operation.get_output_partial_shape(0).rank == 2
+    ]  # fmt: skip
+    return len(flat) > 1
 
 
 def has_asymmetric_signed_values(model: Any) -> bool:

@@ -192,7 +192,8 @@ def test_the_kernel_leaves_the_references_error_by_the_same_codes(chosen):
     weights, hessian = layer(96, 384)
     size = chosen.get("group_size")
     wanted, found = gptq.reference(weights, hessian, **chosen), gptq.compute(weights, hessian, **chosen)
-    assert (found.codes == wanted.codes).mean() > 0.999
+    # The finer the steps, the more values lie within rounding of a boundary; BLAS rounds otherwise with every thread.
+    assert (found.codes == wanted.codes).mean() > (0.999 if chosen.get("bits", 4) < 8 else 0.99)
     assert left(weights, hessian, found, size) == pytest.approx(left(weights, hessian, wanted, size), rel=0.01)
     assert_right(found, weights, hessian, **chosen)
 

@@ -68,7 +68,12 @@ def test_nothing_is_missing_on_the_cpu_and_capabilities_are_plain_data():
     assert TARGET.versions() == {"onnxruntime": onnxruntime.__version__}
     found = TARGET.capabilities()
     assert found.floating_precisions == ("f32",) and found.half_types == ()
-    assert {style.weight_type for style in found.quantization_styles} == {"int8"}
+    assert {s.weight_type for s in found.quantization_styles if s.activation_type != "float"} == {"int8"}
+    assert {s.weight_type for s in found.quantization_styles if s.activation_type == "float"} == {
+        "int4",
+        "uint4",
+        "int8",
+    }
     assert ONNXRuntime.serves == {"cpu": "", "gpu": "cuda"}
 
 

@@ -7,13 +7,28 @@ import sys
 import numpy as np
 import openvino
 import pytest
-from models import build, control_flow, conv_net, feed, mlp, no_batch, node, outputs, transformer, two_and_two, weight
+from models import (
+    build,
+    context,
+    control_flow,
+    conv_net,
+    executed,
+    feed,
+    mlp,
+    no_batch,
+    node,
+    outputs,
+    transformer,
+    two_and_two,
+    weight,
+)  # fmt: skip
 from openvino import opset13 as opset
 
 from perwatt.artifact import Artifact
 from perwatt.bundle import program_json
 from perwatt.contract import OperatingPoint
 from perwatt.errors import BackendError, InputError
+from perwatt.passes.quantize_int8 import QuantizeInt8
 from perwatt.signature import Signature, TensorSpec
 from perwatt.targets._cpu import usable_cpus
 from perwatt.targets.openvino import OpenVINO, has_asymmetric_signed_values
@@ -50,6 +65,19 @@ def test_any_number_of_items_gives_what_batch_one_gives(items, tmp_path):
     batch = feed(artifact, items=items)
     same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=8).run(batch))
     same(outputs(artifact, batch), lowered(artifact, tmp_path, batch=1).run(batch))
+
+
+def test_quantized_products_one_after_the_other_give_what_the_graph_says(tmp_path):
+    # Two of them with a static batch and no bias between are one kernel to OpenVINO 2026.4, which is wrong by far.
+    nodes = [node("MatMul", "x w", "a"), node("MatMul", "a v", "y")]
+    artifact = build(nodes, "x:float32[batch,8]", "y:float32[batch,8]", {"w": weight(8, 8), "v": weight(8, 8, seed=1)})
+    batch = feed(artifact, items=4)
+    given = context([batch], execute=executed)
+    quantized, _ = QuantizeInt8(smooth=0.0, bias_correction=False).run(artifact, given)
+    program = lowered(quantized, tmp_path, batch=4)
+    same(outputs(quantized, batch), program.run(batch), atol=1e-3)
+    assert program.settings["SNIPPETS_MODE"] == "DISABLE"
+    assert "SNIPPETS_MODE" not in lowered(artifact, tmp_path, batch=4).settings
 
 
 def test_a_fixed_batch_is_looped_whatever_the_point_says(tmp_path):
