@@ -1,6 +1,7 @@
 """Precision held against others': calibration's CPU time, what is shipped for trained networks, and layer by layer.
 
-    python precision.py [--parts calibration,trained,assigned] [--models minilm,…] [--time 120] [--rounds 12] [--seconds 1] [--quick]
+    python precision.py [--parts calibration,trained,assigned] [--models minilm,…] [--time 120]
+                        [--rounds 12] [--seconds 1] [--quick]
 
 Three parts:
 
