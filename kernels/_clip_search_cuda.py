@@ -59,7 +59,7 @@ def search(device: Any, reaches: Floats, steps: Floats, levels: int, fixed: int)
     tables = cuda.device_array((3, rows, 2, bins + 1))
     _kernels()["tables"][(rows, 2), LANES](device, tables)
     gains, belows = cuda.device_array(steps.shape), cuda.device_array(steps.shape, np.int64)
-    _kernels()["search"][steps.shape, LANES](
+    _kernels()["search"][steps.size, LANES](
         tables, cuda.to_device(reaches), cuda.to_device(steps), levels, fixed, gains, belows
     )
     gained = gains.copy_to_host()
@@ -80,7 +80,7 @@ def divergences(device: Any, zeros: npt.NDArray[np.int64], parts: int, missing: 
     whole, logs = cuda.device_array((2, rows, most + 1), np.int64), cuda.device_array((rows, most + 1))
     _kernels()["sums"][rows, LANES](device, cuda.to_device(zeros), whole, logs)
     found = cuda.device_array((rows, trials))
-    _kernels()["divergences"][(rows, trials), LANES](
+    _kernels()["divergences"][rows * trials, LANES](
         whole, logs, cuda.to_device(sizes), cuda.to_device(firsts), parts, math.log(missing), found
     )
     divergence = found.copy_to_host()
@@ -163,7 +163,8 @@ def _kernels() -> dict[str, Any]:
 
     @cuda.jit  # type: ignore[untyped-decorator]
     def search(tables: Any, reaches: Any, steps: Any, levels: int, fixed: int, gains: Any, belows: Any) -> None:
-        row, m, lane = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
+        # One dimension of blocks for rows and candidates: the others end at 65,535.
+        row, m, lane = cuda.blockIdx.x // steps.shape[1], cuda.blockIdx.x % steps.shape[1], cuda.threadIdx.x
         lanes = cuda.shared.array(32, float64)
         step, negative, positive = steps[row, m], reaches[0, row], reaches[1, row]
         z, stop = fixed, fixed
@@ -224,7 +225,7 @@ def _kernels() -> dict[str, Any]:
 
     @cuda.jit  # type: ignore[untyped-decorator]
     def divergences(whole: Any, logs: Any, sizes: Any, firsts: Any, parts: int, missing: float, found: Any) -> None:
-        row, trial, lane = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
+        row, trial, lane = cuda.blockIdx.x // found.shape[1], cuda.blockIdx.x % found.shape[1], cuda.threadIdx.x
         lanes = cuda.shared.array(32, float64)
         # Rows with fewer trials repeat their last one, which comes first and so changes nothing.
         bins = smaller(firsts[row] + trial, sizes[row])

@@ -76,8 +76,10 @@ def find_scale(
 def find_scales(
     values: Any, weight: Any, group_size: Any, half: Any, mode: Any, factors: Any, scales: Any, zeros: Any
 ) -> None:
-    row, group = cuda.grid(2)
-    if row < values.shape[1] and group < scales.shape[0]:
+    row = cuda.grid(1)
+    if row >= values.shape[1]:
+        return
+    for group in range(cuda.blockIdx.y, scales.shape[0], cuda.gridDim.y):
         first = group * group_size
         last = smaller(first + group_size, values.shape[0])
         find_scale(values, weight, first, last, row, half, mode, factors, scales[group], zeros[group])
@@ -142,9 +144,11 @@ def compute_columns(
     half = np.float32(2.0 ** (bits - 1))
     given = torch.where(importance > 0, weights, 0).T.contiguous()
     scales, zeros = given.new_zeros((2, -(-width // size), rows))
+    if not rows:  # a GPU refuses a grid without blocks, which the simulator takes
+        return torch.empty((0, width), dtype=torch.int16), scales.T, zeros.T
     grid = -(-rows // THREADS)
     if static:
-        find_scales[(grid, len(scales)), (THREADS, 1)](
+        find_scales[(grid, min(len(scales), 65535)), THREADS](
             *shared(given, importance), size, half, mode, *shared(factors, scales, zeros)
         )
     given, weight = given[order].contiguous(), importance[order]

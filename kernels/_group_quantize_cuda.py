@@ -175,11 +175,13 @@ def _dequantize(
     """A block has part of a row: of the last axis, or where groups lie along it, of that."""
     width = length if stride == 1 else stride
     groups = (length + group - 1) // group
-    row = cuda.blockIdx.x
+    # One dimension of blocks for both: the others end at 65,535.
+    parts = (width + THREADS * EACH - 1) // (THREADS * EACH)
+    row, first = cuda.blockIdx.x // parts, cuda.blockIdx.x % parts * EACH
     before = row if stride == 1 else row // length
     g = 0 if stride == 1 else row % length // group
-    for part in range(EACH):
-        column = (cuda.blockIdx.y * EACH + part) * THREADS + cuda.threadIdx.x
+    for part in range(first, first + EACH):
+        column = part * THREADS + cuda.threadIdx.x
         if column < width:
             at = before * groups + column // group if stride == 1 else (before * groups + g) * stride + column
             zero = int(zeros[at]) if shifted else 0
@@ -228,7 +230,7 @@ def dequantize(codes: Any, scales: Any, zeros: Any, blocks: tuple[int, int, int]
     outer, length, stride = blocks
     found = cuda.device_array(len(codes), np.float32)
     rows, width = (outer, length) if stride == 1 else (outer * length, stride)
-    _dequantize[(rows, -(-width // (THREADS * EACH))), THREADS](
+    _dequantize[rows * -(-width // (THREADS * EACH)), THREADS](
         codes, scales, codes if zeros is None else zeros, zeros is not None, length, stride, group, found
     )
     return found

@@ -56,7 +56,8 @@ def test_it_ends_with_the_code_of_a_target_that_is_not_here_and_says_what_to_do(
 
 def test_every_graph_in_it_is_a_valid_model_and_is_judged(bundle: Bundle) -> None:
     variants = {entry["file"]: entry for entry in bundle.program["variants"]}
-    assert set(variants) == {"variants/cast-half.onnx", "variants/quantize-int8.onnx"}
+    assert {"variants/cast-half.onnx", "variants/quantize-int8.onnx"} <= set(variants)
+    assert len({entry["digest"] for entry in variants.values()}) == len(variants)
     for file, entry in variants.items():
         onnx.checker.check_model(onnx.load(bundle.path / file), full_check=True)
         assert entry["permitted"] and entry["reason"].startswith("loses ")
@@ -95,8 +96,8 @@ def test_another_machine_goes_on_from_its_graphs_without_running_a_pass(
     monkeypatch.chdir(folder)
     report = perwatt.optimize(bundle.path, target="null", out=tmp_path / "done").report
     assert report["outcome"] == "optimized"
-    names = {row["name"]: row for row in report["passes"]}
-    assert names["quantize-int8"]["status"] == "applied", "the scripted target pays for quantized graphs"
+    found = {row["status"] for row in report["passes"] if row["name"] == "quantize-int8"}
+    assert "applied" in found, "the scripted target pays for quantized graphs"
     assert report["passes"][0]["name"] == "read"
 
 
@@ -113,7 +114,7 @@ def test_without_its_data_what_was_judged_where_it_was_made_counts(
 
 def test_a_graph_that_gives_something_else_here_is_left_out(bundle: Bundle, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(bundle.path, tmp_path / "changed"))
-    for path in (changed / "check" / "quantize-int8").glob("*.npz"):
+    for path in (changed / "check").glob("quantize-int8*/*.npz"):
         with np.load(path) as stored:
             np.savez(path, **{name: stored[name] + 1 for name in stored.files})
     done = perwatt.optimize(changed, target="null", out=tmp_path / "done")
