@@ -100,7 +100,7 @@ def calibrate(
     done, look, converged = 0, FIRST_LOOK, False
     batches = in_random_order(calls(artifact, samples), context.seed)
     whole = Samples(batches, batch_size=max(map(rows, batches), default=1))
-    looked = context.execute(instrumented(artifact, names, averaged), whole, (), True)
+    looked = context.execute(instrumented(artifact, names, averaged), whole, (), True, True)
     for given, outputs in zip(batches, looked, strict=False):
         batch = {name.removeprefix(PREFIX): array for name, array in outputs.items()}
         items = inferences(artifact.signature, given)
@@ -167,8 +167,9 @@ def _looked_at(graph: Any, value: Any, number: int, taken: set[str]) -> list[Any
     ends = (("first", 0), ("last", LAST), ("axis", 0))
     span = [build.constant(np.array([n], np.int64), word) for word, n in ends]
     made = {
-        "low": build.op("ReduceMin", flat, keepdims=0),
-        "high": build.op("ReduceMax", flat, keepdims=0),
+        # Of the value as it lies, which needn't be copied for that.
+        "low": build.op("ReduceMin", value, keepdims=0),
+        "high": build.op("ReduceMax", value, keepdims=0),
         "some": build.op("Slice", flat, *span, _step(value, build)),
     }
     for word, output in made.items():

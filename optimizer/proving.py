@@ -39,19 +39,21 @@ def open_pipeline(
     samples, saved = opened.samples, opened.saved
 
     def execute(
-        artifact: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False
+        artifact: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False, quick: bool = False
     ) -> Iterator[Batch]:
         waiting, portion = list(batches), PORTION
         while waiting:
             # Twice as many each time: who has seen enough stops, and the model is not compiled often.
             part, waiting, portion = Samples(waiting[:portion]), waiting[portion:], 2 * portion
-            yield from reference(artifact, part.save(folder / f"batches-{part.digest()[:16]}"), taps, optimized)
+            yield from reference(artifact, part.save(folder / f"batches-{part.digest()[:16]}"), taps, optimized, quick)
 
-    def reference(artifact: Artifact, where: Path, taps: Sequence[str] = (), optimized: bool = False) -> list[Batch]:
-        out = folder / f"reference-{artifact.digest()[:16]}-{where.name}-{len(taps)}-{optimized}"
+    def reference(
+        artifact: Artifact, where: Path, taps: Sequence[str] = (), optimized: bool = False, quick: bool = False
+    ) -> list[Batch]:
+        out = folder / f"reference-{artifact.digest()[:16]}-{where.name}-{len(taps)}-{optimized}-{quick}"
         checks.call(
             "reference", model=str(artifact.file(folder)), samples=str(where), out=str(out), taps=list(taps),
-            optimized=optimized,
+            optimized=optimized, quick=quick,
         )  # fmt: skip
         return load_outputs(out)
 

@@ -76,13 +76,13 @@ class Session(MeterOperations):
         return {"model": out}
 
     def reference(
-        self, model: str, samples: str, out: str, taps: Sequence[str] = (), optimized: bool = False
+        self, model: str, samples: str, out: str, taps: Sequence[str] = (), optimized: bool = False, quick: bool = False
     ) -> dict[str, Any]:
         """Outputs of the numeric reference, one `.npz` for each batch."""
-        from perwatt.reference import Reference
-
-        runner = Reference(Artifact.load(model), Path(model).parent, taps, optimized=optimized)
-        return {"batches": _store(runner.run(Samples.load(Path(samples))), Path(out))}
+        found = _execute(
+            Artifact.load(model), Samples.load(Path(samples)), taps, optimized, quick, folder=Path(model).parent
+        )
+        return {"batches": _store(found, Path(out))}
 
     def run_pass(self, step: dict[str, Any], model: str, roles: dict[str, str], capabilities: dict[str, Any],
                  budget: dict[str, Any], seed: int, folder: str) -> dict[str, Any]:  # fmt: skip
@@ -301,11 +301,12 @@ def _store(batches: Any, folder: Path) -> int:
 
 
 def _execute(
-    artifact: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False, *, folder: Path
-) -> Iterator[Batch]:
-    from perwatt.reference import Reference
+    artifact: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False, quick: bool = False,
+    *, folder: Path,
+) -> Iterator[Batch]:  # fmt: skip
+    from perwatt.reference import Reference, quickly
 
-    return Reference(artifact, folder, taps, optimized=optimized).run(batches)
+    return (quickly if quick and not taps else Reference)(artifact, folder, taps, optimized=optimized).run(batches)
 
 
 def _not_here(_: Any) -> Any:

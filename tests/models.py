@@ -206,7 +206,7 @@ def outputs(artifact, batch):
     return dict(zip(names, session.run(names, batch), strict=True))
 
 
-def executed(artifact, batches, taps=(), optimized=False):
+def executed(artifact, batches, taps=(), optimized=False, quick=False):
     """The numeric reference, in this process."""
     return Reference(artifact, Path(SCRATCH.name), taps, optimized=optimized).run(batches)
 
