@@ -104,7 +104,9 @@ def sequences(count: int, words: int, seed: int) -> Batch:
 def context(samples: Samples, folder: Path) -> Context:
     """What the pass is given: a backend that has every form, and the reference in this process."""
 
-    def execute(made: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False) -> Iterator[Batch]:
+    def execute(
+        made: Artifact, batches: Samples, taps: Sequence[str] = (), optimized: bool = False, quick: bool = False
+    ) -> Iterator[Batch]:
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             yield from Reference(made, Path(aside), taps, optimized=optimized).run(batches)
 
