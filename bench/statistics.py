@@ -89,6 +89,14 @@ def paired_figures(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
     return mine, other
 
 
+def costs_by_round(found: Sequence[Sequence[float]]) -> list[float]:
+    """One cost for each of several sides that were measured round by round: the first's median times each side's
+    `paired_ratio` to it, so that a round that was disturbed makes no side look dear. All costs must be positive."""
+    first = found[0]
+    one = float(np.median(first))
+    return [one * (paired_ratio(side, first, resamples=2).value or math.inf) for side in found]
+
+
 def percentile_ratio(
     ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], share: float, resamples: int = 1000
 ) -> Ratio:

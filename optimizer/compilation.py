@@ -25,7 +25,7 @@ from perwatt.contract import Loss, NodeCost, OperatingPoint
 from perwatt.errors import InputError
 from perwatt.isolation import Worker, workspace
 from perwatt.judging import Judge
-from perwatt.measuring import SCREENING, Conductor, Effort, figures, interleave
+from perwatt.measuring import SCREENING, Conductor, Effort, costs, interleave
 from perwatt.pipeline import Ask, Pipeline, Row
 from perwatt.place import Place, open_place
 from perwatt.portable import kept_branches, write_portable
@@ -42,6 +42,8 @@ PASSES_SHARE, SCREENING_SHARE, TUNING_SHARE = 0.5, 0.7, 0.15
 """Of the time budget: when no further pass is begun, when no further candidate is screened, what one search for an
 operating point may take."""
 PROFILE_S = 1.0
+GRAPH_S = 1.0
+"""How long a pass has each graph measured that it wants compared."""
 TUNING_S = 90.0
 """The same where there is no time budget."""
 
@@ -268,14 +270,16 @@ def _effort(recipe: Recipe, started: float) -> Effort:
 
 
 def measure_graphs(recipe: Recipe, backend: Backend, artifacts: Sequence[Artifact], setup: Setup) -> list[float]:
-    """CPU seconds per inference of each artifact at the recipe's operating point, measured interleaved on `backend`."""
+    """What an inference costs with each artifact at the recipe's operating point, measured interleaved on `backend`: CPU
+    seconds, or seconds on a GPU."""
     sides: list[Side] = []
     try:
         for number, artifact in enumerate(artifacts):
             candidate = Candidate(Branch(artifact), _fitted(operating_point(recipe), artifact), backend)
             sides.append(setup.open(f"graph {number}", candidate))
-        interleave(sides, setup.timing, SCREENING)
-        return [float(figures(side.windows)["cpu_s_per_inference"] or 0) for side in sides]
+        effort = replace(SCREENING, max_s=GRAPH_S * len(sides), tight=0.0)
+        interleave(sides, setup.timing, effort)
+        return costs(sides, setup.conductor.device)
     finally:
         for side in sides:
             side.close()

@@ -125,8 +125,9 @@ class Context:
 
     `samples(role)` gives re-iterable batches for `calibrate`, `learn` or `select`; never `confirm`.
     `execute` runs the numeric reference in the worker. `measure(artifacts)` measures lowered artifacts against each other
-    and returns CPU seconds per inference for each; `profile(artifact)` returns what each operation costs there, nothing
-    where the backend doesn't tell; `judge(artifact)` lowers it and tells what it loses, None without anything to judge by.
+    and returns what an inference costs with each (CPU seconds, or seconds on a GPU); `profile(artifact)` returns what each
+    operation costs there, nothing where the backend doesn't tell; `judge(artifact)` lowers it and tells what it loses, None
+    without anything to judge by.
     `deadline` is in `time.monotonic()` seconds.
     """
 

@@ -23,7 +23,14 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-from perwatt.bench.statistics import half_width, paired_figures, paired_ratio, percentile, percentile_ratio
+from perwatt.bench.statistics import (
+    costs_by_round,
+    half_width,
+    paired_figures,
+    paired_ratio,
+    percentile,
+    percentile_ratio,
+)
 from perwatt.bench.unavailable import Unavailable
 from perwatt.contract import Meter
 from perwatt.errors import BackendError
@@ -288,6 +295,11 @@ def cost_ratio(optimized: Side, original: Side, device: str, resamples: int = 10
     """Optimized ÷ original in what short windows can decide by: CPU seconds per inference, or time on a GPU."""
     pairs = list(zip(optimized.windows, original.windows, strict=False))
     return paired_ratio([_cost(a, device) for a, _ in pairs], [_cost(b, device) for _, b in pairs], resamples=resamples)
+
+
+def costs(sides: Sequence[Side], device: str) -> list[float]:
+    """What an inference costs on each of several sides measured in the same blocks: see `cost_ratio`."""
+    return costs_by_round([[_cost(window, device) for window in side.windows] for side in sides])
 
 
 def _cost(window: Window, device: str) -> float:

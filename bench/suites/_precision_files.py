@@ -14,7 +14,7 @@ import numpy as np
 
 from perwatt import calibration, registry
 from perwatt.artifact import Artifact
-from perwatt.bench.statistics import half_width
+from perwatt.bench.statistics import costs_by_round, half_width
 from perwatt.contract import Context, OperatingPoint
 from perwatt.data import Samples
 from perwatt.errors import BackendError
@@ -73,7 +73,7 @@ def measuring(given: Context, target: str, point: OperatingPoint, fed: Samples, 
             workers = [speed.opened(cleanup, path.stem, path, target, point, saved)[0] for path in paths]
             windows = {str(number): speed.window(worker, effort.seconds) for number, worker in enumerate(workers)}
             found = speed.interleaved(windows, effort.rounds)
-        return [float(np.median(found[side])) for side in windows]
+        return costs_by_round([found[side] for side in windows])
 
     def profile(made: Artifact) -> Any:
         return registry.target(target).profile(Artifact.load(made.file(folder)), point, list(fed), 1.0)

@@ -13,6 +13,7 @@ from perwatt.bench.statistics import (
     _resampled_percentiles,
     _resampled_windows,
     bootstrap_interval,
+    costs_by_round,
     figure_interval,
     half_width,
     paired_figures,
@@ -81,6 +82,15 @@ def test_a_ratio_and_its_inverse_agree_and_lie_in_their_intervals(pairs):
     assert back.value == pytest.approx(1 / ratio.value)
     turned = ratio.inverse()
     assert (turned.low, turned.high) == pytest.approx((back.low, back.high))
+
+
+def test_costs_of_sides_measured_round_by_round_do_not_show_what_disturbed_a_round():
+    random = np.random.default_rng(0)
+    disturbed = np.exp(random.normal(0, 0.5, 15))
+    sides = [list(truth * disturbed * np.exp(random.normal(0, 0.005, 15))) for truth in (2.0, 1.0, 2.2)]
+    first, second, third = costs_by_round(sides)
+    assert first == pytest.approx(np.median(sides[0]))
+    assert (second / first, third / first) == pytest.approx((0.5, 1.1), rel=0.01)
 
 
 def test_equal_sides_have_ratio_one_and_no_width():

@@ -60,12 +60,13 @@ class ScriptedBackend:
         ]
 
     def measure(self, artifacts):
-        self.measured = [int8_layers(artifact) for artifact in artifacts]
+        measured = [int8_layers(artifact) for artifact in artifacts]
+        self.measured += measured
         names = list(self.plain)
         return [
             sum(self.quantized[n] if n in inside else self.plain[n] for n in names)
             + self.conversion * sum((a in inside) != (b in inside) for a, b in pairwise(names))
-            for inside in self.measured
+            for inside in measured
         ]
 
     def judge(self, artifact):
@@ -134,6 +135,28 @@ def test_what_the_whole_costs_decides_not_what_profiles_add_up_to():
     backend.quantized = {name: 20e-6 for name in ALL} | {"/layer0": 1e-6}
     before = chain()
     assert assigned(backend, before)[0] is before
+
+
+def test_a_figure_that_was_low_by_chance_is_measured_again():
+    """A mixture that costs 3 % more than all in int8, for its conversions, was measured 3 % cheaper, once."""
+    backend = ScriptedBackend(*costs(layer2=11e-6), conversion=1e-6)
+    honest, times = backend.measure, []
+
+    def lucky(artifacts):
+        found = honest(artifacts)
+        times.append(len(artifacts))
+        mixture = next(i for i, artifact in enumerate(artifacts) if int8_layers(artifact) == ALL - {"/layer2"})
+        found[mixture] *= 0.94 if len(times) == 1 else 1.0
+        return found
+
+    backend.measure = lucky
+    assert int8_layers(assigned(backend)[0]) == ALL
+    assert len(times) == 2 and times[1] < times[0]
+
+
+def test_of_equals_the_whole_is_taken():
+    """A mixture that saves less than can be told apart is none."""
+    assert int8_layers(assigned(ScriptedBackend(*costs(layer2=10.1e-6)))[0]) == ALL
 
 
 def test_the_same_twice_is_the_same_model():
