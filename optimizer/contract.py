@@ -127,7 +127,7 @@ class Context:
     `execute` runs the numeric reference in the worker. `measure(artifacts)` measures lowered artifacts against each other
     and returns what an inference costs with each (CPU seconds, or seconds on a GPU); `profile(artifact)` returns what each
     operation costs there, nothing where the backend doesn't tell; `judge(artifact)` lowers it and tells what it loses, None
-    without anything to judge by.
+    without anything to judge by. `original` is the model as it was read, which lossy passes may learn from.
     `deadline` is in `time.monotonic()` seconds.
     """
 
@@ -141,6 +141,7 @@ class Context:
     measure: Callable[[Sequence[Artifact]], list[float]]
     profile: Callable[[Artifact], list[NodeCost]]
     judge: Callable[[Artifact], Loss | None]
+    original: Artifact | None = None
 
 
 class Pass(ABC):

@@ -118,7 +118,9 @@ class Pipeline:
         capabilities = self.context.capabilities if made_by.depends_on_target else Capabilities()
         key = repr((artifact.digest(), made_by, capabilities, self.target if made_by.measures else ""))
         if key not in self._known.steps:
-            self._known.steps[key] = self._taken(artifact, made_by, replace(self.context, capabilities=capabilities))
+            self._known.steps[key] = self._taken(
+                artifact, made_by, replace(self.context, capabilities=capabilities, original=self.original)
+            )
         return self._known.steps[key]
 
     def _taken(self, artifact: Artifact, made_by: Pass, context: Context) -> tuple[Artifact, Row]:
