@@ -170,12 +170,10 @@ class Coupling:
         units, reasons = self._units(starts, count)
         self._group(starts, units, reasons)
 
-    def shapes(self, graph: Any) -> dict[str, Any]:
-        """The shape of every value of `graph` by its name, where the rank is known."""
-        values = [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
-        values += [value for node in graph for value in node.inputs if value is not None]
-        found = {str(value.name): self.facts.shape(value) for value in values}
-        return {name: shape for name, shape in found.items() if shape is not None}
+    def shapes(self) -> dict[str, Any]:
+        """The shape of every value by its name, where the rank is known."""
+        known = self.facts.known.items()
+        return {str(value.name): fact.shape for value, fact in known if value is not None and fact.shape is not None}
 
     def lengths(self) -> dict[Place, int]:
         """Every place that positions can be cut from, with how many it has."""

@@ -24,8 +24,8 @@ Kept = npt.NDArray[np.int64]
 
 
 def cut(artifact: Artifact, coupling: Coupling, units: Mapping[Group, Sequence[int]]) -> Any:
-    """The model without those units, as a new one. `coupling` is that of `artifact`. Raises PassError where nothing would be left
-    of an axis."""
+    """The model without those units, as a new one. `coupling` is that of `artifact`, or of one that differs in weights alone.
+    Raises PassError where nothing would be left of an axis."""
     surgery = Surgery(artifact, coupling, units)
     surgery.nodes()
     surgery.tensors()
@@ -42,7 +42,7 @@ class Surgery:
         self.taken = names_in(self.model)
         self._lengths = coupling.lengths()
         self._class = coupling.same_class
-        self._shapes = coupling.shapes(artifact.model.graph)
+        self._shapes = coupling.shapes()
         self._axes: dict[str, list[Place]] = {}
         for place in self._lengths:
             self._axes.setdefault(place[0], []).append(place)
