@@ -32,7 +32,7 @@ class Costs:
         """What all products cost now."""
         return sum(self.seconds[product.node] * math.prod(self._left[product.node]) for product in self.products)
 
-    def without(self, group: Group, units: int, *, take: bool = False) -> float:
+    def without(self, group: Group, units: float, *, take: bool = False) -> float:
         """What all cost once so many further units of a group go; `take` makes it so."""
         old: dict[str, list[float]] = {}
         for side, products, place in ((0, group.makers, "made"), (1, group.readers, "read")):
@@ -59,10 +59,11 @@ def sizes(group: Group, multiple: int) -> list[int]:
 
 def uniform(groups: Sequence[Group], ratio: float, multiple: int) -> dict[Group, int]:
     """The size nearest to the same share of every group; the larger of two."""
-    return {
-        group: min(sizes(group, multiple), key=lambda n, group=group: (abs(n - group.size * (1 - ratio)), -n))
-        for group in groups
-    }
+    found = {}
+    for group in groups:
+        wanted = group.size * (1 - ratio)
+        found[group] = min((abs(n - wanted), -n) for n in sizes(group, multiple))[1]
+    return {group: -size for group, size in found.items()}
 
 
 def cheapest(

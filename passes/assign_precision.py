@@ -30,6 +30,7 @@ from perwatt.artifact import Artifact
 from perwatt.contract import Context, Pass, QuantizationStyle, Stage, Tolerance
 from perwatt.errors import BackendError, PerwattError
 from perwatt.passes._allocation import Border, Layer, allocate
+from perwatt.passes._half_rest import Rest, with_rest
 from perwatt.passes._layer_costs import borders_between, by_product, conversions
 from perwatt.passes._naming import with_names
 from perwatt.passes._placement import products
@@ -51,7 +52,9 @@ UNTOLD = 0.5
 @dataclass(frozen=True)
 class AssignPrecision(Pass):
     """`steps`: how often an answer that loses too much is mended and judged again (search: 4 … 8).
-    `subset_size`: calibration samples used at most. `judged_on`: samples that damages are measured on."""
+    `subset_size`: calibration samples used at most. `judged_on`: samples that damages are measured on.
+    `rest`: what stays in floating point is carried in `float32` or `half`; `auto`: in half on backends that run the types that
+    the graph says, where no operating point could ask for it."""
 
     stage: ClassVar[Stage] = Stage.PRECISION
     in_default: ClassVar[bool] = True
@@ -64,6 +67,7 @@ class AssignPrecision(Pass):
     steps: int = 6
     subset_size: int = 300
     judged_on: int = 16
+    rest: Rest = "auto"
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         if _style(context) is None:
@@ -87,8 +91,8 @@ class AssignPrecision(Pass):
         plain = replace(wish, operators=())
         tried = [(everything, wish), (everything, plain), *((answer, wish) for answer in allocated if answer)]
         choices = list(dict.fromkeys(tried))
-        graphs = [whole.only(how, answer) for answer, how in choices]
-        fastest, cost = _fastest([named, *graphs], context)
+        graphs = [self._finished(whole.only(how, answer), context) for answer, how in choices]
+        fastest, cost = _fastest([self._finished(named, context), *graphs], context)
         if fastest == 0:
             return artifact, [f"left in floating point: measured fastest, {_against(cost[0], cost[1:])}"]
         answer, wish = choices[fastest - 1]
@@ -97,14 +101,18 @@ class AssignPrecision(Pass):
         changes = [f"{len(found)} of {len(layers)} layers in int8 {whole.words()}", why, *more]
         if not found:
             return artifact, [f"left in floating point: {more[-1]}"]
-        made = whole.only(wish, found)
+        made = self._finished(whole.only(wish, found), context)
         return artifact.after(made.edit(), self.step(changes)), changes
+
+    def _finished(self, artifact: Artifact, context: Context) -> Artifact:
+        """With what is left in floating point in the type that it will run in."""
+        return with_rest(artifact.after(artifact.edit(), self.step([])), context, self.rest)[0]
 
     def _costs(self, named: Artifact, whole: Quantized, context: Context) -> tuple[list[Layer], list[Border]]:
         """Each layer's cost in either type, and what conversions between neighbours cost."""
         graph = whole.base.model.graph
         names = [product.node.name for product in products(graph)]
-        plain, quantized = context.profile(named), context.profile(whole.artifact)
+        plain, quantized = (context.profile(self._finished(one, context)) for one in (named, whole.artifact))
         if not (plain and quantized):
             counted = by_product(graph, names, [])
             return [Layer(name, counted[name], counted[name] * UNTOLD, 0.0) for name in names], []
@@ -133,7 +141,7 @@ class AssignPrecision(Pass):
             context.progress(f"assign-precision: judging, step {step + 1} of {self.steps}")
             tried = allocate(layers, borders, _limit(total, share))
             try:
-                verdict = context.judge(whole.only(wish, tried)) if tried else None
+                verdict = context.judge(self._finished(whole.only(wish, tried), context)) if tried else None
             except PerwattError as error:
                 how = f"stopped at step {step + 1} of {self.steps}: {error}"
                 break

@@ -34,6 +34,7 @@ from perwatt.passes._half_deciding import decide
 from perwatt.passes._half_measuring import TYPES, HalfType, Measured, floats_stored, is_float, measure
 from perwatt.passes._quantized import quantized_already
 
+QUANTIZING = ("quantize-int8", "assign-precision", "quantize-fp8")
 OLDEST = {"bfloat16": 22, "float16": 13}
 """The opsets that define convolutions in bfloat16, and in whose form float16 graphs are measured."""
 
@@ -64,8 +65,12 @@ class CastHalf(Pass):
         elif opset < OLDEST[half.name]:
             what = "bfloat16 convolutions need" if half.name == "bfloat16" else "float16 needs"
             yield f"{what} opset {OLDEST[half.name]}, this model is opset {opset}"
-        if reason := quantized_already(artifact):
+        # What passes have quantized before has a rest in floating point, and nothing is rounded twice.
+        ours = any(step.name in QUANTIZING for step in artifact.steps)
+        if not ours and (reason := quantized_already(artifact)):
             yield reason
+        if ours and opset < 19:
+            yield f"scales in half need opset 19, this model is opset {opset}"
         if artifact.model.functions:
             yield "the model has functions of its own, whose types can't be changed"
         if len(list(graphs_of(artifact.model))) > 1 + len(artifact.model.functions):

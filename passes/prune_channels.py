@@ -241,7 +241,7 @@ class _Work:
     def _plain(self, product: Product) -> bool:
         """Whether a product reads each channel with weights of its own, which are nobody else's."""
         node = self.nodes[product.node]
-        weight = node.inputs[1]
+        weight: Any = node.inputs[1]
         if weight.producer() is not None or len(list(weight.uses())) != 1:
             return False
         lengths = self.coupling.lengths()

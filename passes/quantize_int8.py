@@ -33,6 +33,7 @@ from perwatt.artifact import Artifact
 from perwatt.contract import Context, Pass, QuantizationStyle, Stage, Tolerance
 from perwatt.errors import PassError
 from perwatt.passes import _nncf
+from perwatt.passes._half_rest import Rest, with_rest
 from perwatt.passes._naming import matching, with_names
 from perwatt.passes._placement import PRODUCTS
 from perwatt.passes._quantized import quantized_already
@@ -54,7 +55,9 @@ class QuantizeInt8(Pass):
     `smooth`: how much of the outliers of matrix products' inputs goes into their weights, 0 to 1; without it, 0 or 0.85,
     whichever moves outputs less (search: 0, 0.5, 0.85). Ours only.
     `bias_correction`: take back in the bias what rounded weights shift. NNCF's always does.
-    `model_type`: NNCF's scheme; `auto` looks for attention and layer normalization, and applies the transformer's there."""
+    `model_type`: NNCF's scheme; `auto` looks for attention and layer normalization, and applies the transformer's there.
+    `rest`: what stays in floating point is carried in `float32` or `half`; `auto`: in half on backends that run the types that
+    the graph says, where no operating point could ask for it."""
 
     stage: ClassVar[Stage] = Stage.PRECISION
     in_default: ClassVar[bool] = True
@@ -72,6 +75,7 @@ class QuantizeInt8(Pass):
     smooth: float | None = None
     bias_correction: bool = True
     model_type: Literal["auto", "plain", "transformer"] = "auto"
+    rest: Rest = "auto"
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         if not integer_styles(context.capabilities):
@@ -89,17 +93,18 @@ class QuantizeInt8(Pass):
         if not len(context.samples("calibrate")):
             raise PassError("there are no samples to calibrate on")
         style = self._style(context)
-        made = (
+        found = (
             self._nncf(named, context, excluded, style)
             if self.quantizer == "nncf"
             else self._own(named, context, excluded, style)
         )
-        if made is None:
+        if found is None:
             return artifact, ["nothing was found worth quantizing"]
-        model, how = made
+        model, how = found
         pairs = sum(1 for node in model.graph if node.op_type == "DequantizeLinear")
         changes = [f"{pairs} tensors quantized to int8 {how}"]
-        return artifact.after(model, self.step(changes)), changes
+        made, words = with_rest(artifact.after(model, self.step(changes)), context, self.rest)
+        return artifact.after(made.edit(), self.step([*changes, *words])), [*changes, *words]
 
     def _style(self, context: Context) -> QuantizationStyle:
         """The first style of the backend with int8 weights and the wanted activations."""

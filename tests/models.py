@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from perwatt.artifact import Artifact, graphs_of
 from perwatt.contract import Capabilities, Context, QuantizationStyle
 from perwatt.data import Samples
+from perwatt.passes._half_rest import SHORT
 from perwatt.recipe import Budget
 from perwatt.reference import Reference
 
@@ -221,7 +222,9 @@ def context(samples=None, half=("bfloat16",), styles=(SYMMETRIC,), seed=0, **ask
 
     return Context(
         samples=lambda role: held,
-        capabilities=Capabilities(half_types=half, quantization_styles=styles),
+        capabilities=Capabilities(
+            floating_precisions=("f32", *(SHORT[kind] for kind in half)), half_types=half, quantization_styles=styles
+        ),
         budget=Budget(), seed=seed, deadline=None, progress=lambda text: None,
         **(dict.fromkeys(("execute", "measure", "profile", "judge"), not_here) | asked),
     )  # fmt: skip

@@ -137,6 +137,25 @@ def test_what_the_whole_costs_decides_not_what_profiles_add_up_to():
     assert assigned(backend, before)[0] is before
 
 
+def test_the_rest_is_in_half_where_the_graph_says_what_runs():
+    """Int8 where it pays, float16 elsewhere; where the operating point can say it, the graph stays in float32."""
+    before = chain()
+    backend = ScriptedBackend(*costs(layer2=30e-6))
+    given = backend.context(before)
+    typed = replace(given.capabilities, half_types=("float16",), floating_precisions=("tf32", "f32"))
+    after, _ = assigned(backend, before, replace(given, capabilities=typed))
+    assert int8_layers(after) == ALL - {"/layer2"}
+    kinds = {node.name: node.inputs[0].dtype.name for node in after.model.graph if node.op_type == "MatMul"}
+    assert kinds == dict.fromkeys(ALL, "FLOAT16")
+    batch = feed(before, items=8)
+    old, new = outputs(before, batch)["y"], outputs(after, batch)["y"]
+    assert 0 < np.abs(old - new).max() < 0.1 * np.abs(old).max()
+    plain, _ = assigned(
+        backend, before, replace(given, capabilities=replace(typed, floating_precisions=("f16", "f32")))
+    )
+    assert {node.inputs[0].dtype.name for node in plain.model.graph if node.op_type == "MatMul"} == {"FLOAT"}
+
+
 def test_a_figure_that_was_low_by_chance_is_measured_again():
     """A mixture that costs 3 % more than all in int8, for its conversions, was measured 3 % cheaper, once."""
     backend = ScriptedBackend(*costs(layer2=11e-6), conversion=1e-6)

@@ -24,9 +24,11 @@ from models import (
     weight,
 )
 
+from perwatt.artifact import Artifact
 from perwatt.contract import OperatingPoint
 from perwatt.errors import BackendError
 from perwatt.passes.cast_half import CastHalf
+from perwatt.passes.quantize_int8 import QuantizeInt8
 from perwatt.targets.openvino import OpenVINO
 
 
@@ -497,3 +499,40 @@ def test_the_model_is_run_once():
     before = conv_net()
     CastHalf(subset_size=10).run(before, context([feed(before, items=99)], execute=counted))
     assert len(calls) == 1 and sum(len(b["x"]) for b in calls[0][1]) == 10
+
+
+# After quantizing -----------------------------------------------------------------------------------------------------
+
+
+def test_the_rest_of_what_a_pass_has_quantized_is_carried_in_half():
+    before = mlp()
+    given = context([feed(before, items=16)], half=("float16",), execute=executed)
+    quantized, _ = QuantizeInt8(rest="float32").run(before, given)
+    assert "FLOAT16" not in kinds_of(quantized)
+    direct, changes = QuantizeInt8(rest="half").run(before, given)
+    assert any(word.startswith("the rest: ") for word in changes)
+    assert {"INT8", "FLOAT16"} <= kinds_of(direct)
+    integers = [node for node in direct.model.graph if node.op_type == "DequantizeLinear"]
+    assert integers and {node.outputs[0].dtype.name for node in integers} == {"FLOAT16"}
+    chained, _ = CastHalf().run(quantized, given)
+    batch = feed(before, items=8)
+    old, new, other = (outputs(one, batch) for one in (quantized, direct, chained))
+    for name in old:
+        assert 0 < np.abs(old[name] - new[name]).max() < 0.05 * np.abs(old[name]).max()
+        assert np.array_equal(new[name], other[name])
+
+
+def test_what_others_have_quantized_is_left():
+    before = mlp()
+    given = context([feed(before, items=16)], half=("float16",), execute=executed)
+    quantized, _ = QuantizeInt8(rest="float32").run(before, given)
+    assert list(CastHalf().requires(quantized, given)) == []
+    stranger = Artifact(model=quantized.model)
+    assert any("quantized" in reason for reason in CastHalf().requires(stranger, given))
+
+
+def kinds_of(artifact):
+    values = [value for node in artifact.model.graph for value in node.outputs]
+    return {
+        value.dtype.name for value in [*values, *artifact.model.graph.initializers.values()] if value.dtype is not None
+    }
