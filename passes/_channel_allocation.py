@@ -50,10 +50,12 @@ class Costs:
         return 0.0 if at is None else at.shape[1] / self.coupling.lengths()[place]
 
 
-def sizes(group: Group, multiple: int) -> list[int]:
-    """How many units a group may keep, most first: all, and what leaves every axis of a product a multiple of channels."""
+def sizes(group: Group, multiple: int, least: float = 0.0) -> list[int]:
+    """How many units a group may keep, most first: all, and what leaves every axis of a product a multiple of channels, and at
+    least a share of the group."""
     each = {at.shape[1] for product in group.makers if (at := group.positions(*product.made)) is not None}
-    kept = [n for n in range(group.size - 1, 0, -1) if all(n * channels % multiple == 0 for channels in each)]
+    bottom = max(1, math.ceil(least * group.size - 1e-9))
+    kept = [n for n in range(group.size - 1, bottom - 1, -1) if all(n * channels % multiple == 0 for channels in each)]
     return [group.size, *kept]
 
 
@@ -67,10 +69,10 @@ def uniform(groups: Sequence[Group], ratio: float, multiple: int) -> dict[Group,
 
 
 def cheapest(
-    groups: Sequence[Group], scores: Mapping[Group, Any], costs: Costs, target: float, multiple: int
+    groups: Sequence[Group], scores: Mapping[Group, Any], costs: Costs, target: float, multiple: int, least: float
 ) -> dict[Group, int]:
-    """Units kept so that all costs about `target`, with the least score lost."""
-    steps = {group: sizes(group, multiple) for group in groups}
+    """Units kept so that all costs about `target`, with the least score lost, and at least a share of each group."""
+    steps = {group: sizes(group, multiple, least) for group in groups}
     lost = {group: np.concatenate([[0.0], np.cumsum(np.sort(scores[group]))]) for group in groups}
     now = {group: 0 for group in groups}
     cost = costs.total()

@@ -46,6 +46,8 @@ from perwatt.slicing import cut
 
 FASTER = 0.99
 """What isn't measured to cost less than this share of before isn't faster."""
+LEAST = 0.25
+"""The share of a layer that stays, at the least: what one channel is worth is told by what the others still do."""
 TOLD = 6
 """Groups that the ledger names."""
 
@@ -160,7 +162,7 @@ class PruneChannels(Pass):
         for group in groups:
             # As if every size were as good as any.
             wanted.without(group, self.ratio * group.size, take=True)
-        return cheapest(groups, scores, costs, wanted.total(), multiple)
+        return cheapest(groups, scores, costs, wanted.total(), multiple, min(LEAST, 1 - self.ratio))
 
 
 @dataclass

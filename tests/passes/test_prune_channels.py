@@ -335,3 +335,21 @@ def test_it_can_be_pruned_again():
     once, _ = pruned(convolutions(), ratio=0.25, allocation="uniform")
     twice, _ = pruned(once, ratio=0.25, allocation="uniform")
     assert weights_of(twice)["w0"].shape == (9, 3, 3, 3)
+
+
+def test_no_layer_loses_nearly_all_it_has():
+    """One layer costs all the time and matters to nobody: a quarter of it stays all the same."""
+    before = two_layers(width=32, change=lambda weights: weights["w2"].__imul__(1e-6))
+    after, _ = pruned(before, ratio=0.7, multiple=2)
+    assert weights_of(after)["w1"].shape[1] == 10
+    nodes = [
+        node("MatMul", "x w0", "h0", name="/dear"),
+        node("MatMul", "h0 w1", "h1", name="/middle"),
+        node("MatMul", "h1 w2", "y", name="/last"),
+    ]
+    weights = {"w0": weight(8, 32), "w1": weight(32, 32, seed=1), "w2": weight(32, 8, seed=2, scale=30.0)}
+    net = build(nodes, "x:float32[batch,8]", "y:float32[batch,8]", weights)
+    seconds = {"/dear": 1.0, "/middle": 1e-3, "/last": 1e-3}
+    given = unmeasured(net, profile=lambda artifact: [NodeCost((n,), "MatMul", s) for n, s in seconds.items()])
+    after, _ = pruned(net, given, ratio=0.5, multiple=2, importance="magnitude")
+    assert weights_of(after)["w0"].shape[1] >= 8
