@@ -1,0 +1,360 @@
+"""Learning back: a student network is brought nearer to its teacher, on inputs alone.
+
+    learnt = distil(student, teacher, samples, select, plan, progress)
+    learnt.artifact                       # the student with other weights; the very student where nothing was gained
+    learnt.before, learnt.after           # loss on `select`, against the teacher
+
+Both are ONNX graphs and run as differentiable torch modules (`perwatt.interpreter`), so neither needs source code. What is
+learnt is the teacher's outputs: by the Kullback-Leibler divergence at a temperature for logits (Hinton, Vinyals and Dean,
+"Distilling the knowledge in a neural network", 2015), by the squared error relative to the teacher's variance for all else.
+Batch normalization that was folded away is put back while it learns (`distillation_norms`); pictures are shifted and mirrored
+where the teacher does not mind (`distillation_inputs`); the weights with the least loss on `select` are kept, those that it
+started with among them.
+
+Steps go by a one-cycle schedule over the time that there is, or over a fixed number of steps, which makes it repeatable.
+State is written aside every half minute; the same call goes on where one was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perwatt.artifact import Artifact, Step
+from perwatt.data import Samples
+from perwatt.distillation_inputs import Drawn, augmentation
+from perwatt.distillation_norms import fold_norms, put_norms, reestimate, with_biases
+from perwatt.errors import BackendError
+from perwatt.interpreter import Interpreter, Unsupported
+
+CHECKPOINT_S = 30.0
+JUDGED = 16
+"""How often the student is judged while it learns."""
+WARM = 0.1
+"""Share of the steps in which the learning rate rises."""
+MASKED = 0.25
+"""A weight with more zeros than that is sparse, and stays so."""
+TOKENS = ("Softmax", "Attention", "LayerNormalization", "RMSNormalization")
+"""What tells a transformer."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`seconds` or, where given, `steps` of `batch` items. `learning_rate`: None for what suits the network. `labels`: how much
+    the cross entropy with labels counts beside the teacher, where there are any."""
+
+    seconds: float = 300.0
+    steps: int | None = None
+    batch: int = 64
+    learning_rate: float | None = None
+    temperature: float = 4.0
+    labels: float = 0.1
+    augment: str = "auto"
+    norms: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """`before` and `after`: loss on the samples to select by; `step`: the one whose weights were kept, 0 for none."""
+
+    artifact: Artifact
+    before: float
+    after: float
+    steps: int
+    step: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def distil(
+    student: Artifact, teacher: Artifact, samples: Samples, select: Samples, plan: Plan, progress: Callable[[str], None],
+    folder: Path | None = None, step: Step | None = None,
+) -> Learnt:  # fmt: skip
+    """Raises BackendError where torch has no such operator. `folder`: where state is kept while it learns."""
+    torch.manual_seed(plan.seed)
+    try:
+        work = _Work(student, teacher, samples, select, plan)
+    except Unsupported as error:
+        raise BackendError(f"learning runs in torch, and {error}") from error
+    state = None if folder is None else folder / f"{work.digest()}.pt"
+    work.resume(state)
+    while not work.over():
+        work.learn()
+        if work.due():
+            work.judge()
+            progress(work.words())
+        work.keep(state)
+    work.judge()
+    made = work.finished(step or Step("distil"))
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return made
+
+
+class _Work:
+    """Two networks, and how far the one has come."""
+
+    def __init__(self, student: Artifact, teacher: Artifact, samples: Samples, select: Samples, plan: Plan) -> None:
+        self.plan, self.source = plan, student
+        self.student = with_biases(student) if plan.norms else student
+        self.network, self.teacher = Interpreter(self.student.model), Interpreter(teacher.model).eval()
+        self.samples, self.select = samples, select
+        self.generator = np.random.default_rng(plan.seed)
+        self.augment, self.notes = augmentation(plan.augment, self.teacher, samples)
+        self.half = _bfloat16_pays()
+        self.weights = {
+            name: weight
+            for name, weight in self.network.weights.items()
+            if weight.is_floating_point() and weight.numel() > 1
+        }
+        if not self.weights:
+            raise BackendError("the network has no weights to learn")
+        for weight in self.weights.values():
+            weight.requires_grad_(True)
+        self.masks = {
+            name: weight != 0
+            for name, weight in self.weights.items()
+            if weight.ndim > 1 and float((weight == 0).float().mean()) > MASKED
+        }
+        self.transformer = any(kind in TOKENS for kind in student.operator_counts())
+        self.norms = [] if self.transformer or not plan.norms else put_norms(self.network, self._some())
+        self.optimizer = self._optimizer()
+        self.targets = [self._run(self.teacher, batch) for batch in select.batches(plan.batch)]
+        self.done, self.spent, self.since = 0, 0.0, time.monotonic()
+        self.stream = self._stream()
+        self.first = self.best = self.loss_on_select()
+        self.best_step, self.kept = 0, self._state()
+        self.last_kept, self.loss = time.monotonic(), math.nan
+
+    # Learning ---------------------------------------------------------------------------------------------------------
+
+    def learn(self) -> None:
+        """One step."""
+        start = time.monotonic()
+        feeds, labels = next(self.stream)
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        with torch.no_grad():
+            wanted = self._outputs(self.teacher, feeds)
+        self.network.train()
+        loss = self._loss(self._outputs(self.network, feeds), wanted, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([w for group in self.optimizer.param_groups for w in group["params"]], 5.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                self.weights[name].mul_(mask)
+        self.loss, self.done = float(loss.detach()), self.done + 1
+        self.spent += time.monotonic() - start
+
+    def judge(self) -> None:
+        """Keep these weights where they are the best so far."""
+        start = time.monotonic()
+        if self.norms and self.over():
+            reestimate(self.network, self.norms, self._clean())
+        loss = self.loss_on_select()
+        if loss < self.best:
+            self.best, self.best_step, self.kept = loss, self.done, self._state()
+        self.spent += time.monotonic() - start
+
+    def loss_on_select(self) -> float:
+        """Against the teacher, without labels."""
+        self.network.eval()
+        total = count = 0.0
+        with torch.no_grad():
+            for batch, wanted in zip(self.select.batches(self.plan.batch), self.targets, strict=True):
+                items = len(next(iter(batch.values())))
+                total += float(self._loss(self._run(self.network, batch), wanted, None)) * items
+                count += items
+        return total / count
+
+    def over(self) -> bool:
+        """Whether time or steps are used up."""
+        if self.plan.steps is not None:
+            return self.done >= self.plan.steps
+        return self.spent >= self.plan.seconds
+
+    def due(self) -> bool:
+        """Whether it is time to judge."""
+        if self.plan.steps is not None:
+            return self.done % max(1, self.plan.steps // JUDGED) == 0
+        return int(self.share() * JUDGED) > int(self.judged * JUDGED)
+
+    def share(self) -> float:
+        """How much of the plan is done."""
+        if self.plan.steps is not None:
+            return self.done / max(1, self.plan.steps)
+        return min(1.0, self.spent / self.plan.seconds)
+
+    def words(self) -> str:
+        """`loss 0.12, 0.10 on held-out samples (0.53 at first), 2:10 left`."""
+        left = self.spent / max(self.share(), 1e-9) - self.spent
+        self.judged = self.share()
+        return (
+            f"recover: step {self.done}, loss {self.loss:.3f}, held out {self.best:.3f} (at first {self.first:.3f}), "
+            f"{int(left) // 60}:{int(left) % 60:02d} left"
+        )
+
+    def finished(self, step: Step) -> Learnt:
+        """The student with the best weights."""
+        self._load(self.kept)
+        notes = (*self.notes, *([f"{len(self.norms)} normalizations put back to learn"] if self.norms else []))
+        told = (self.first, self.best, self.done, self.best_step, self.spent, notes)
+        if self.best_step == 0:
+            return Learnt(self.source, *told)
+        fold_norms(self.network, self.norms)
+        return Learnt(self.network.write_back(self.student, step), *told)
+
+    judged = 0.0
+
+    # Parts ------------------------------------------------------------------------------------------------------------
+
+    def _loss(self, found: Sequence[Any], wanted: Sequence[Any], labels: Any) -> Any:
+        total: Any = 0.0
+        count = 0
+        for mine, theirs in zip(found, wanted, strict=True):
+            if not theirs.is_floating_point():
+                continue
+            count += 1
+            mine, theirs = mine.float(), theirs.float()
+            if theirs.ndim == 2 and theirs.shape[1] > 1:
+                total = total + self._divergence(mine, theirs)
+                if labels is not None and labels.dtype == torch.int64 and self.plan.labels:
+                    total = total + self.plan.labels * F.cross_entropy(mine, labels)
+            else:
+                total = total + (mine - theirs).square().mean() / (theirs.var() + 1e-6)
+        return total / max(1, count)
+
+    def _divergence(self, mine: Any, theirs: Any) -> Any:
+        heat = self.plan.temperature
+        wanted = F.log_softmax(theirs / heat, dim=1)
+        return F.kl_div(F.log_softmax(mine / heat, dim=1), wanted, reduction="batchmean", log_target=True) * heat**2
+
+    def _optimizer(self) -> Any:
+        weights = {id(w): w for w in self.weights.values()}
+        bent = [w for w in weights.values() if w.ndim > 1]
+        flat = [w for w in weights.values() if w.ndim <= 1]
+        for norm in self.norms:
+            flat += [norm.module.weight, norm.module.bias]
+        groups = [
+            {"params": bent, "weight_decay": 5e-4, "scale": 1.0},
+            {"params": flat, "weight_decay": 0.0, "scale": 1.0},
+        ]
+        if self.transformer:
+            return torch.optim.AdamW([{**g, "weight_decay": 0.01 * bool(g["weight_decay"])} for g in groups], lr=1e-4)
+        return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+
+    def _rate(self) -> float:
+        usual = 1e-4 if self.transformer else 0.01 if self.norms else 0.002
+        peak = self.plan.learning_rate or usual
+        share = self.share()
+        if share < WARM:
+            return peak * (0.1 + 0.9 * share / WARM)
+        return peak * 0.5 * (1 + math.cos(math.pi * (share - WARM) / (1 - WARM)))
+
+    def _stream(self) -> Iterator[tuple[list[Any], Any]]:
+        drawn = Drawn(self.samples, self.plan.batch, self.generator)
+        while True:
+            for batch, labels in drawn.epoch():
+                feeds = self._feeds(self.augment(batch, self.generator))
+                yield feeds, None if labels is None else torch.from_numpy(np.ascontiguousarray(labels))
+
+    def _clean(self) -> Iterator[list[Any]]:
+        for batch in self.samples.batches(256):
+            yield self._feeds(batch)
+
+    def _some(self) -> Iterator[list[Any]]:
+        for batch in self.samples.take(1024, self.plan.seed).batches(256):
+            yield self._feeds(batch)
+
+    def _feeds(self, batch: Any) -> list[Any]:
+        return [torch.from_numpy(np.array(batch[name])) for name in self.network.inputs]
+
+    def _run(self, network: Any, batch: Any) -> Any:
+        with torch.no_grad():
+            return self._outputs(network, self._feeds(batch))
+
+    def _outputs(self, network: Any, feeds: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
+            return network(*feeds)
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def digest(self) -> str:
+        """Of all that decides what is learnt."""
+        parts = [
+            self.source.digest(),
+            self.teacher_digest(),
+            self.samples.digest(),
+            self.select.digest(),
+            asdict(self.plan),
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def teacher_digest(self) -> str:
+        """Of the teacher's weights."""
+        sha = hashlib.sha256()
+        for name, weight in sorted(self.teacher.weights.items()):
+            sha.update(name.encode() + weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+    def _state(self) -> dict[str, Any]:
+        return {name: value.clone() for name, value in self.network.state_dict().items()}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state)
+
+    def keep(self, path: Path | None) -> None:
+        """Write the state down, now and then: aside, and renamed."""
+        if path is None or time.monotonic() - self.last_kept < CHECKPOINT_S:
+            return
+        self.last_kept = time.monotonic()
+        held = {
+            "network": self._state(), "optimizer": self.optimizer.state_dict(), "kept": self.kept, "done": self.done,
+            "spent": self.spent, "first": self.first, "best": self.best, "best_step": self.best_step, "judged": self.judged,
+            "torch": torch.get_rng_state(), "numpy": json.dumps(self.generator.bit_generator.state),
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with open(aside, "wb") as file:
+            torch.save(held, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+
+    def resume(self, path: Path | None) -> None:
+        """Go on where the same work was stopped; a file that can't be read is as none."""
+        if path is None or not path.exists():
+            return
+        try:
+            held = torch.load(path, weights_only=True)
+            self._load(held["network"])
+            self.optimizer.load_state_dict(held["optimizer"])
+        except Exception:
+            return
+        self.kept, self.done, self.spent = held["kept"], held["done"], held["spent"]
+        self.first, self.best, self.best_step = held["first"], held["best"], held["best_step"]
+        self.judged = held["judged"]
+        torch.set_rng_state(held["torch"])
+        self.generator.bit_generator.state = json.loads(held["numpy"])
+
+
+def _bfloat16_pays() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware; elsewhere it is emulated, and slow."""
+    known = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(ask is not None and ask() for ask in known)

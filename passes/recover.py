@@ -1,0 +1,127 @@
+"""Learn back what pruning lost: the pruned network is taught by the model as it was.
+
+Its outputs are brought nearer to the original's, on the samples to learn from (`--train`; the calibration samples where there
+are none), without labels or with them. No source code is needed: the graph itself is what learns, in torch. Batch
+normalization that was folded away is put back for as long as it learns, pictures are shifted and mirrored where the original
+doesn't mind, and the weights with the least loss on held-out samples are kept; where nothing is gained, it stays as it was.
+
+    Conv(256 → 192) → Relu → …      becomes      the same graph, with other weights
+
+It takes the time that `minutes` gives; a run that was stopped goes on where it was. With `steps` in place of minutes the same
+twice is the same network. Zeros of sparse weights stay zeros.
+
+Lossy: accuracy decides.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from perwatt.artifact import Artifact
+from perwatt.contract import Context, Pass, Stage, Tolerance
+from perwatt.data import Samples
+from perwatt.errors import PassError, PerwattError
+from perwatt.passes._quantized import quantized_already
+
+LOSSY = ("drop-blocks", "prune-channels", "prune-weights", "prune-n-of-m")
+LEAST_SAMPLES = 64
+HELD_OUT = 0.1
+"""Of the samples to learn from, where there are none to select by."""
+
+
+@dataclass(frozen=True)
+class Recover(Pass):
+    """`minutes`: how long it may learn. `steps`: so many in place of minutes, which makes it repeatable.
+    `batch`: items in a step. `learning_rate`: the highest; 0: what suits the network.
+    `temperature`: of the original's answers (search: 1 … 8). `labels`: how much labels count beside it, where there are any.
+    `augment`: shift and mirror pictures: `auto` where the original answers mirrored ones alike.
+    `norms`: put batch normalization back while it learns."""
+
+    stage: ClassVar[Stage] = Stage.PRUNE
+    tolerance: ClassVar[Tolerance | None] = None
+    after: ClassVar[tuple[str, ...]] = LOSSY
+
+    minutes: float = 5.0
+    steps: int = 0
+    batch: int = 64
+    learning_rate: float = 0.0
+    temperature: float = 4.0
+    labels: float = 0.1
+    augment: Literal["auto", "none", "flip-shift"] = "auto"
+    norms: bool = True
+
+    def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
+        if not any(step.name in LOSSY for step in artifact.steps):
+            yield "nothing was pruned that could be learnt back"
+        if context.original is None:
+            yield "the original isn't there to learn from"
+        if reason := quantized_already(artifact):
+            yield reason
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            yield "learning needs torch: pip install 'perwatt[torch]'"
+
+    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+        from perwatt.distillation import Plan, distil
+
+        if self.minutes <= 0 or self.steps < 0 or self.batch < 2:
+            raise PassError("minutes must be more than 0, steps 0 or more and batch 2 or more", fix="minutes: 5")
+        assert context.original is not None
+        learn, select, where = _samples(context)
+        seconds = self.minutes * 60
+        if context.deadline is not None:
+            seconds = min(seconds, context.deadline - time.monotonic())
+        if seconds <= 0:
+            raise PassError("there is no time left to learn")
+        plan = Plan(
+            seconds, self.steps or None, self.batch, self.learning_rate or None, self.temperature, self.labels, self.augment,
+            self.norms, context.seed,
+        )  # fmt: skip
+        made = distil(artifact, context.original, learn, select, plan, context.progress, _cache(), self.step([]))
+        taken = f"{made.steps} steps in {made.seconds / 60:.1f} min on {len(learn)} samples {where}"
+        if made.step == 0:
+            return artifact, [f"nothing was gained in {taken}"]
+        share = made.after / made.before if made.before else 1.0
+        changes = [
+            f"{taken}: loss against the original {made.before:.3g} → {made.after:.3g} on {len(select)} held-out samples "
+            f"({share:.0%}), best at step {made.step}",
+            *made.notes,
+        ]
+        return artifact.after(made.artifact.edit(), self.step(changes)), changes
+
+
+def _samples(context: Context) -> tuple[Samples, Samples, str]:
+    """Those to learn from, those to select by, and where the first come from."""
+    found, where = _role(context, "learn"), "to learn from"
+    if found is None:
+        found, where = _role(context, "calibrate"), "to calibrate on, as there are none to learn from"
+    if found is None or len(found) < LEAST_SAMPLES:
+        count = 0 if found is None else len(found)
+        raise PassError(f"{count} samples to learn from are too few: at least {LEAST_SAMPLES}", fix="--train PATH")
+    select = _role(context, "select")
+    if select is None or not len(select):
+        parts = found.divide({"learn": 1 - HELD_OUT, "select": HELD_OUT}, context.seed)
+        return parts["learn"], parts["select"].without_labels(), where
+    return found, select.without_labels(), where
+
+
+def _role(context: Context, role: str) -> Samples | None:
+    try:
+        return context.samples(role)
+    except PerwattError:
+        return None
+
+
+def _cache() -> Path | None:
+    """Where state is kept while it learns; None where there is no home."""
+    base: Any = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "perwatt" / "learning"
+    except RuntimeError:
+        return None

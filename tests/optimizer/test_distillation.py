@@ -1,0 +1,240 @@
+"""Distillation: a student learns its teacher's outputs back, never gets worse, and normalization comes and goes unnoticed."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from models import build, conv_net, feed, mlp, node, outputs, transformer, weight
+
+torch = pytest.importorskip("torch")
+
+from perwatt import distillation  # noqa: E402
+from perwatt.artifact import Artifact, Step  # noqa: E402
+from perwatt.data import Samples  # noqa: E402
+from perwatt.distillation import Plan, distil  # noqa: E402
+from perwatt.distillation_inputs import Drawn, augmentation  # noqa: E402
+from perwatt.distillation_norms import fold_norms, put_norms, reestimate, with_biases  # noqa: E402
+from perwatt.errors import BackendError  # noqa: E402
+from perwatt.interpreter import Interpreter  # noqa: E402
+
+STEP = Step("learn")
+
+
+def disturbed(artifact, scale=0.5, seed=7, zero=0.0):
+    """The artifact with noise on its weights; of each matrix a share of zeros."""
+    random = np.random.default_rng(seed)
+    model = artifact.edit()
+    for value in model.graph.initializers.values():
+        array = value.const_value.numpy()
+        if array.dtype == np.float32 and array.ndim > 1:
+            array = array + scale * array.std() * random.standard_normal(array.shape).astype(np.float32)
+            array = np.where(random.random(array.shape) < zero, np.float32(0), array)
+            value.const_value = ir.Tensor(array, name=value.name)
+    return artifact.after(model, Step("disturb"))
+
+
+def samples_of(artifact, items=256, seed=0):
+    return Samples([feed(artifact, items=items, seed=seed)])
+
+
+def learn(student, teacher, folder=None, said=None, **plan):
+    data, held = samples_of(teacher), samples_of(teacher, 64, 1)
+    plan = Plan(**{"steps": 60, "batch": 32, **plan})
+    return distil(student, teacher, data, held, plan, (said if said is not None else []).append, folder, STEP)
+
+
+def far(teacher, student, seed=2):
+    batch = feed(teacher, items=64, seed=seed)
+    old, new = outputs(teacher, batch), outputs(student, batch)
+    return max(float(np.linalg.norm(new[n] - old[n]) / np.linalg.norm(old[n])) for n in old)
+
+
+@pytest.mark.parametrize("made", [conv_net, mlp, transformer])
+def test_what_was_lost_is_learnt_back(made):
+    teacher = made()
+    student = disturbed(teacher)
+    learnt = learn(student, teacher, steps=150, learning_rate=3e-3 if made is transformer else None)
+    onnx.checker.check_model(ir.to_proto(learnt.artifact.model), full_check=True)
+    assert learnt.after < 0.5 * learnt.before and 0 < learnt.step <= learnt.steps == 150
+    assert far(teacher, learnt.artifact) < 0.8 * far(teacher, student)
+    assert learnt.artifact.signature == teacher.signature and learnt.artifact.steps[-1] == STEP
+
+
+def test_what_is_perfect_already_is_given_back_as_it_is():
+    teacher = conv_net()
+    learnt = learn(teacher, teacher, steps=10, learning_rate=1.0)
+    assert learnt.artifact is teacher and learnt.step == 0
+    assert learnt.after == learnt.before < 1e-3
+
+
+def test_the_same_steps_twice_are_the_same_network():
+    teacher = conv_net()
+    one, two = (learn(disturbed(teacher), teacher, steps=20) for _ in range(2))
+    assert one.artifact.digest() == two.artifact.digest() and one.after == two.after
+    assert learn(disturbed(teacher), teacher, steps=20, seed=1).artifact.digest() != one.artifact.digest()
+
+
+def test_zeros_of_sparse_weights_stay():
+    teacher = mlp()
+    student = disturbed(teacher, zero=0.5)
+    learnt = learn(student, teacher, norms=False, learning_rate=0.01)
+    assert learnt.step > 0
+    for name, value in student.model.graph.initializers.items():
+        before = value.const_value.numpy()
+        if before.ndim > 1 and (before == 0).mean() > 0.4:
+            after = learnt.artifact.model.graph.initializers[name].const_value.numpy()
+            assert (after[before == 0] == 0).all() and (after[before != 0] != before[before != 0]).any()
+
+
+def test_time_ends_it_and_progress_tells_how_much_is_left():
+    teacher, said = mlp(), []
+    learnt = learn(disturbed(teacher), teacher, steps=None, seconds=1.0, said=said)
+    assert learnt.steps > 1 and 0.9 < learnt.seconds < 5
+    assert 4 <= len(said) <= distillation.JUDGED + 1
+    assert said[-1].startswith("recover: step ") and said[-1].endswith(" left")
+
+
+def test_an_operator_that_torch_lacks_is_named(monkeypatch):
+    from perwatt import interpreter
+
+    monkeypatch.setattr(interpreter, "missing_operators", lambda model: ["Strange (opset 23)"])
+    with pytest.raises(BackendError, match="learning runs in torch, and the interpreter has no Strange"):
+        learn(mlp(), mlp())
+
+
+def test_a_network_without_weights_has_nothing_to_learn():
+    net = build([node("Relu", "x", "y")], "x:float32[batch,2]", "y:float32[batch,2]")
+    with pytest.raises(BackendError, match="no weights to learn"):
+        learn(net, net)
+
+
+# Going on ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "CHECKPOINT_S", 0.0)
+    teacher = mlp()
+    student = disturbed(teacher)
+
+    class Killed(BaseException):
+        pass
+
+    class Ear(list):
+        def append(self, text):
+            super().append(text)
+            if len(self) == 8:
+                raise Killed
+
+    with pytest.raises(Killed):
+        learn(student, teacher, tmp_path, Ear(), steps=64)
+    (state,) = tmp_path.iterdir()
+    assert state.suffix == ".pt"
+    said = []
+    learnt = learn(student, teacher, tmp_path, said, steps=64)
+    first = int(said[0].split("step ")[1].split(",")[0])
+    assert 28 <= first <= 36 and learnt.steps == 64 and learnt.after < learnt.before
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_of_something_else_or_a_broken_file_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "CHECKPOINT_S", 0.0)
+    teacher = mlp()
+    whole = learn(disturbed(teacher), teacher, steps=8)
+    work = distillation._Work(
+        disturbed(teacher), teacher, samples_of(teacher), samples_of(teacher, 64, 1), Plan(steps=8, batch=32)
+    )
+    (tmp_path / f"{work.digest()}.pt").write_bytes(b"broken")
+    (tmp_path / "other.pt").write_bytes(b"another's")
+    again = learn(disturbed(teacher), teacher, tmp_path, steps=8)
+    assert again.artifact.digest() == whole.artifact.digest()
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pt"]
+
+
+# Normalization ----------------------------------------------------------------------------------------------------------
+
+
+def convolutions(bias=True):
+    nodes = [
+        node("Conv", "x w0 b0" if bias else "x w0", "c0", name="/a", pads=[1, 1, 1, 1]),
+        node("Relu", "c0", "r0"),
+        node("Conv", "r0 w1", "c1", name="/b", group=6, pads=[1, 1, 1, 1]),
+        node("Conv", "c1 w2", "y", name="/c"),
+    ]
+    weights = {"w0": weight(6, 3, 3, 3), "w1": weight(6, 1, 3, 3, seed=1), "w2": weight(4, 6, 1, 1, seed=2)}
+    if bias:
+        weights["b0"] = weight(6, seed=3)
+    return build(nodes, "x:float32[batch,3,8,8]", "y:float32[batch,4,8,8]", weights)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_normalization_put_back_does_nothing_and_folds_into_the_weights(bias):
+    artifact = with_biases(convolutions(bias))
+    assert all(len(n.inputs) == 3 for n in artifact.model.graph if n.op_type == "Conv")
+    network = Interpreter(artifact.model)
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = network(x)[0]
+        norms = put_norms(network, [[x]])
+        assert len(norms) == 3
+        network.eval()
+        assert torch.allclose(network(x)[0], before, atol=1e-5)
+        for norm in norms:
+            norm.module.weight.mul_(torch.linspace(0.5, 2.0, len(norm.module.weight)))
+            norm.module.bias.add_(0.1)
+        reestimate(network, norms, [[x]])
+        changed = network(x)[0]
+        assert not torch.allclose(changed, before, atol=1e-2)
+        fold_norms(network, norms)
+        assert torch.allclose(network(x)[0], changed, atol=1e-5)
+    written = network.write_back(artifact, STEP)
+    assert np.allclose(outputs(written, {"x": x.numpy()})["y"], changed.numpy(), atol=1e-5)
+
+
+# Samples ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_gives_every_item_once_with_its_label():
+    x, z = np.arange(10, dtype=np.float32).reshape(10, 1), np.arange(10, 14, dtype=np.float32).reshape(4, 1)
+    samples = Samples([{"x": x}, {"x": np.repeat(z, 3, axis=1)}], np.arange(14))
+    drawn = Drawn(samples, 2, np.random.default_rng(0))
+    orders = []
+    for _ in range(2):
+        seen = []
+        for batch, labels in drawn.epoch():
+            assert batch["x"][:, 0].tolist() == labels.tolist()
+            seen += labels.tolist()
+        assert sorted(seen) == list(range(14))
+        orders.append(seen)
+    assert orders[0] != orders[1]
+
+
+def directed(sensitive):
+    """A net that sees which side is brighter, or only how bright all is."""
+    side = np.zeros((2, 3, 16, 16), np.float32)
+    side[0, :, :, :8], side[1, :, :, 8:] = 1, 1
+    w = side if sensitive else np.stack([np.ones_like(side[0]), -np.ones_like(side[0])])
+    nodes = [node("Conv", "x w", "c"), node("Flatten", "c", "y")]
+    return build(nodes, "x:float32[batch,3,16,16]", "y:float32[batch,2]", {"w": w})
+
+
+@pytest.mark.parametrize(("sensitive", "words"), [(True, "pictures shifted"), (False, "pictures shifted and mirrored")])
+def test_pictures_are_mirrored_where_the_teacher_does_not_mind(sensitive, words):
+    artifact = directed(sensitive)
+    samples = samples_of(artifact, 64)
+    augment, notes = augmentation("auto", Interpreter(artifact.model), samples)
+    assert notes == [words]
+    batch = samples.chunks[0]
+    made = augment(batch, np.random.default_rng(0))["x"]
+    assert made.shape == batch["x"].shape and not np.array_equal(made, batch["x"])
+    # Whatever was moved is still made of the picture's own values.
+    assert np.isin(made, batch["x"]).all()
+    plain, notes = augmentation("none", Interpreter(artifact.model), samples)
+    assert notes == [] and plain(batch, np.random.default_rng(0)) is batch
+
+
+def test_what_is_no_picture_is_left_as_it_is():
+    artifact = mlp()
+    samples = samples_of(artifact, 16)
+    augment, notes = augmentation("auto", Interpreter(artifact.model), samples)
+    assert notes == [] and augment(samples.chunks[0], np.random.default_rng(0)) is samples.chunks[0]
+    assert Artifact(model=artifact.model).digest() == artifact.digest()
