@@ -9,7 +9,7 @@ from typing import Literal
 from perwatt import metrics, registry
 from perwatt.artifact import Artifact
 from perwatt.backends import Backend
-from perwatt.contract import OperatingPoint
+from perwatt.contract import OperatingPoint, Pass
 from perwatt.measurement import Ratio
 from perwatt.pipeline import Pipeline, Row
 from perwatt.recipe import OneOf, PassStep
@@ -67,16 +67,21 @@ def _with_settings(row: Row) -> str:
 
 def explore(pipeline: Pipeline, source: Artifact, steps: Sequence[PassStep | OneOf]) -> list[Branch]:
     """All graphs worth considering: the lossless prefix, and every lossy branch of it. A lossy pass never replaces the
-    graph that it started from."""
+    graph that it started from, but for one that mends what others lost."""
     branches = [Branch(source)]
     for step in steps:
-        if isinstance(step, PassStep) and registry.pass_class(step.name).tolerance is not None:
+        if isinstance(step, PassStep) and _replaces(registry.pass_class(step.name)):
             branches = [_extended(pipeline, branch, step) for branch in branches]
             continue
         alternatives = step.steps if isinstance(step, OneOf) else [step]
         tried = [_extended(pipeline, branch, other) for branch in branches for other in alternatives]
         branches = [*branches, *tried]
     return branches
+
+
+def _replaces(cls: type[Pass]) -> bool:
+    """Whether what a pass makes takes the place of what it was given."""
+    return cls.tolerance is not None or cls.mends
 
 
 def _extended(pipeline: Pipeline, branch: Branch, step: PassStep) -> Branch:

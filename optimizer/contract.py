@@ -54,6 +54,8 @@ class Capabilities:
     """What the hardware and its backend reward, as plain data.
 
     `floating_precisions`: what the backend can run floating point in, its own default first.
+    `sparse_patterns`: which zeros in weights make products of `sparse_types` faster: `unstructured` for zeros anywhere, `N:M`
+    (`2:4`) for at most N others in every M neighbours.
     `quantization_styles`: ordered, best liked first. `channel_multiples`: per type, the multiple of channels that pays.
     `operators`: those of ONNX's young operators that the backend runs as one, no slower than their pieces (`Attention`,
     `Swish`); passes put no others of that kind in.
@@ -63,6 +65,7 @@ class Capabilities:
     floating_precisions: tuple[str, ...] = ("f32",)
     half_types: tuple[str, ...] = ()
     sparse_types: tuple[str, ...] = ()
+    sparse_patterns: tuple[str, ...] = ()
     channel_multiples: dict[str, int] = field(default_factory=dict)
     quantization_styles: tuple[QuantizationStyle, ...] = ()
     operators: tuple[str, ...] = ()
@@ -153,7 +156,8 @@ class Pass(ABC):
     wins; one with several `variants`, each some settings, is an alternative in each of them. `also_after` puts it there
     once more, at the end of that stage, to tidy up what the stage left. A pass sees the target's capabilities only where
     it says `depends_on_target`: what the others make serves every target. One that `measures` asks the backend itself, so
-    that what it makes is this backend's alone.
+    that what it makes is this backend's alone. One that `mends` gives back what lossy passes before it took: what it
+    makes is as fast and more accurate, and takes the place of what it was given.
     """
 
     stage: ClassVar[Stage]
@@ -164,6 +168,7 @@ class Pass(ABC):
     also_after: ClassVar[Stage | None] = None
     depends_on_target: ClassVar[bool] = False
     measures: ClassVar[bool] = False
+    mends: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:

@@ -93,6 +93,7 @@ class TensorRT(Target):
             floating_precisions=floating_precisions(capability),
             half_types=("float16", "bfloat16") if ampere else ("float16",),
             sparse_types=("float16", "bfloat16", "int8") if ampere else (),
+            sparse_patterns=("2:4",) if ampere else (),
             # What fills the tensor cores: below it TensorRT pads.
             channel_multiples={"int8": 16, "float16": 8, **({"bfloat16": 8, "float32": 4} if ampere else {})},
             quantization_styles=tuple(styles),

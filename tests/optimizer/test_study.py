@@ -315,6 +315,13 @@ def test_a_lossy_pass_that_is_refused_makes_no_lossy_branch() -> None:
     assert [row.status for row in branches[1].rows] == ["refused"]
 
 
+def test_a_pass_that_mends_takes_the_place_of_what_it_mended() -> None:
+    pipeline = ScriptedPipeline(drop_blocks="half", recover="int8")
+    branches = explore(pipeline, GRAPHS["source"], steps("drop-blocks", "recover"))
+    assert [(NAMES[b.artifact.digest()], b.lossy) for b in branches] == [("int8", True), ("int8", True)]
+    assert [b.applied() for b in branches] == [["recover"], ["drop-blocks", "recover"]]
+
+
 def test_a_lossless_pass_after_a_lossy_one_is_run_on_every_branch() -> None:
     pipeline = ScriptedPipeline(quantize_int8="int8")
     explore(pipeline, GRAPHS["source"], steps("quantize-int8", "fold-batchnorm"))
