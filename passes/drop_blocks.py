@@ -209,7 +209,7 @@ class Plan:
 
 def _costs(artifact: Artifact, blocks: Sequence[Block], context: Context) -> dict[str, float]:
     """Seconds of each node on the backend, or its multiplications."""
-    graph = artifact.model.graph
+    graph: Any = artifact.model.graph
     try:
         profile = context.profile(artifact)
     except BackendError:
