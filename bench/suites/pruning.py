@@ -1,9 +1,11 @@
 """What pruning brings, and what learning brings back.
 
-    python pruning.py [--parts channels] [--models resnet50,…] [--rounds 12] [--seconds 1] [--quick]
+    python pruning.py [--parts channels,frontier] [--models resnet50,…] [--minutes 10] [--rounds 12] [--seconds 1] [--quick]
 
 - `channels`: `prune-channels` at 5 to 60 % of the channels, then `quantize-int8`, beside the whole model in int8, one thread of
   OpenVINO (see _pruning_channels.py). Wanted: 1.25 × as fast at 30 %, and slower at no share.
+- `frontier`: `drop-blocks`, `recover` for so many minutes, then the best precision, on ResNet-56 and MiniLM, beside the best
+  precision alone (see _pruning_frontier.py). Wanted, at no more than 1 point lost: 1.5 and 1.3 × as fast, in at most 20 minutes.
 
 Ratios are of CPU seconds per inference, with 95 % intervals over the rounds. Writes bench/results/pruning.json after each
 model (what a run leaves out stays as it was), prints tables in Markdown, exits 1 where something wanted was missed. `--quick`
@@ -21,18 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import _pruning_channels
+import _pruning_frontier
 import models
 from _fusion_speed import Effort
 
 from perwatt.bench.fingerprint import fingerprint
 
 RESULTS = models.ROOT / "bench" / "results" / "pruning.json"
-PARTS: dict[str, Any] = {"channels": _pruning_channels}
+PARTS: dict[str, Any] = {"channels": _pruning_channels, "frontier": _pruning_frontier}
 
 
 def run_part(part: str, name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One part on one model."""
-    return {"channels": _pruning_channels.channels}[part](name, Effort(options.rounds, options.seconds), folder)
+    effort = Effort(options.rounds, options.seconds)
+    if part == "channels":
+        return _pruning_channels.channels(name, effort, folder)
+    return _pruning_frontier.frontier(name, options.minutes, effort, folder)
 
 
 def parsed() -> argparse.Namespace:
@@ -40,6 +46,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"among {', '.join(PARTS)}")
     parser.add_argument("--models", default=",".join(known), help=f"among {', '.join(known)}")
+    parser.add_argument("--minutes", type=float, default=10.0, help="that each network may learn")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=1.0, help="of one window")
     parser.add_argument("--quick", action="store_true", help="few rounds, and nothing is written")
@@ -50,7 +57,7 @@ def parsed() -> argparse.Namespace:
             parser.error(f"unknown {words}: {', '.join(unknown)}; known are {', '.join(names)}")
         setattr(options, words, given)
     if options.quick:
-        options.rounds, options.seconds = 3, 0.3
+        options.rounds, options.seconds, options.minutes = 3, 0.3, 0.5
     return options
 
 
