@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perwatt.kernels import histogram, normalize_images
+from perwatt.kernels import histogram, normalize_images, sparse_gpt
 from perwatt.kernels.group_quantize import Scheme
 
 SCRIPT = Path(__file__).with_name("cuda_compiling.py")
@@ -88,6 +88,14 @@ def calls():
         made += [call("group_quantize", "compute_cuda_dequantize", codes, scales, given, 4) for given in (None, zeros)]
         made.append(call("group_quantize", "compute_cuda_pack", codes))
         made.append(call("group_quantize", "compute_cuda_unpack", np.ones(5, np.uint8), (9,), f"{kind.__name__[:-1]}4"))
+    ones = np.ones((6, 12), np.float32)
+    made += [call("n_of_m", "compute_cuda", ones, 2, 4), call("n_of_m", "compute_pruned_cuda", ones, ones, 2, 4)]
+    for pattern in (sparse_gpt.Pattern(ratio=0.5), sparse_gpt.Pattern(n=2, m=4)):
+        made.append(call("sparse_gpt", "compute_cuda", ones, np.eye(12), pattern))
+    for shape, axis in (((70, 3, 130), 1), ((70, 9), 1)):
+        made.append(
+            call("importance", "compute_cuda", np.ones(shape, np.float32), axis, norms=np.ones(70), norms_axis=0)
+        )
     for channels in normalize_images.CHANNELS:
         for kind in (np.float32, np.float16):
             levels = normalize_images.normalization(0.5, 0.25, kind)
@@ -110,7 +118,7 @@ def test_every_kernel_compiles(found):
     launching = {name.partition(".")[0] for name in by_kernel(found)}
     assert launching == modules - {"_cuda_functions"}, "a file has CUDA kernels that calls() doesn't launch"
     assert found["left"] == [], "no call needed these, so they were not compiled"
-    assert len(by_kernel(found)) == 18
+    assert len(by_kernel(found)) == 23
 
 
 def test_all_types_of_arguments_were_met(found):
@@ -146,7 +154,10 @@ def test_nothing_is_called_that_numba_and_libdevice_lack(found):
 
 def test_float32_stays_float32(found):
     kernels = by_kernel(found)
-    single = "_histogram_cuda.", "normalize_images.", "_group_quantize_cuda._pack", "_group_quantize_cuda._deq"
+    single = (
+        "_histogram_cuda.", "normalize_images.", "_group_quantize_cuda._pack", "_group_quantize_cuda._deq", "_n_of_m_cuda.",
+        "_sparse_gpt_cuda.",
+    )  # fmt: skip
     assert {name: its["double"] for name, its in kernels.items() if name.startswith(single) and its["double"]} == {}
     # The step of asymmetric codes is a difference and a quotient in float64, as the reference's is; nothing else is.
     for name in ("_gptq_cuda.block", "_gptq_cuda.find_scales"):
