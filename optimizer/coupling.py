@@ -29,15 +29,16 @@ import numpy as np
 
 from perwatt.analysis_shapes import analyse
 from perwatt.artifact import Artifact
-from perwatt.coupling_places import Coupling, Product, matched
-from perwatt.patterns import given, is_stored, numbers, stored
+from perwatt.coupling_places import Coupling, Place, Product, matched
+from perwatt.errors import PassError
+from perwatt.patterns import axes_of, given, is_stored, made_by, numbers, stored
 
 Rule = Callable[[Any, Coupling], None]
 RULES: dict[str, Rule] = {}
 
 ELEMENTWISE = (
     "Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitwiseAnd", "BitwiseNot", "BitwiseOr",
-    "BitwiseXor", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Dropout", "Elu", "Equal", "Erf",
+    "BitwiseXor", "Cast", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Dropout", "Elu", "Equal", "Erf",
     "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN",
     "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or",
     "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus",
@@ -59,16 +60,19 @@ MIXED = "mixes the positions along it"
 
 
 def couple(artifact: Artifact) -> Coupling:
-    """What of `artifact` can be cut, and what can't. Values need names of their own; nodes, too."""
+    """What of `artifact` can be cut, and what can't. Raises PassError where two products have one name, or one has none."""
     coupling = Coupling(analyse(artifact))
     graph = artifact.model.graph
     for value in graph.inputs:
-        if value.name not in graph.initializers:
-            coupling.freeze_all(value, "it is an input of the model")
+        stays = "it is a weight that may be fed as an input" if value.name in graph.initializers else "it is an input"
+        coupling.freeze_all(value, f"{stays} of the model")
     for value in graph.outputs:
         coupling.freeze_all(value, "it is an output of the model")
     for node in graph:
         apply_rule(node, coupling)
+    names = [product.node for product in coupling.products]
+    if "" in names or len(set(names)) < len(names):
+        raise PassError("products are told apart by their nodes' names, and some have none or the same")
     coupling.settle()
     return coupling
 
@@ -87,30 +91,25 @@ def apply_rule(node: Any, coupling: Coupling) -> None:
     """Ask the rule of a node's operator."""
     if node.op_type == "Constant" and not node.domain:
         return
-    known = [value for value in (*node.inputs, *node.outputs) if value is not None]
+    known = [value for value in (*node.inputs, *node.outputs) if value is not None and value.name]
     for value in known:
         for axis in range(coupling.rank(value) or 0):
             coupling.place(value, axis)
     found = RULES.get(node.op_type) if node.domain == "" else None
-    if found is None or any(coupling.rank(value) is None for value in known):
-        why = "nobody knows the shapes of" if found else "nobody knows what is done by"
-        for value in (*known, *_captured(node)):
-            coupling.freeze_all(value, f"{why} {_words(node)}")
+    if found is not None and all(coupling.rank(value) is not None for value in known):
+        found(node, coupling)
         return
-    found(node, coupling)
+    why = "has shapes that can't be told" if found else "is an operator that there is no rule for"
+    for value in (*known, *_captured(node)):
+        coupling.freeze_all(value, _frozen_by(node, why))
 
 
 def _captured(node: Any) -> Iterator[Any]:
     """Values of outside that a node's graphs use."""
     for attribute in node.attributes.values():
-        graphs = (
-            [attribute.value]
-            if attribute.type.name == "GRAPH"
-            else attribute.value
-            if attribute.type.name == "GRAPHS"
-            else []
-        )
-        for graph in graphs:
+        if attribute.type.name not in ("GRAPH", "GRAPHS"):
+            continue
+        for graph in [attribute.value] if attribute.type.name == "GRAPH" else attribute.value:
             for inner in graph.all_nodes():
                 yield from (value for value in inner.inputs if value is not None)
             yield from graph.outputs
@@ -131,11 +130,25 @@ def _frozen_by(node: Any, what: str = MIXED) -> str:
 def elementwise(node: Any, c: Coupling) -> None:
     """Every output position comes of those at its place; shorter inputs are repeated."""
     out = node.outputs[0]
-    for other in node.outputs[1:]:
-        _aligned(out, other, c)
-    for value in given(node):
-        if value is not None:
+    if "broadcast" in node.attributes:
+        _stays(node, c, "repeats in a way that opset 7 has done away with")
+        return
+    for value in (*given(node), *node.outputs[1:]):
+        if value is not None and value.name:
             _aligned(value, out, c)
+
+
+@rule("CastLike")
+def cast_like(node: Any, c: Coupling) -> None:
+    """Of the second nothing but the type counts."""
+    _aligned(node.inputs[0], node.outputs[0], c)
+
+
+def _stays(node: Any, c: Coupling, what: str) -> None:
+    """Freeze all that a node reads and makes."""
+    for value in (*node.inputs, *node.outputs):
+        if value is not None:
+            c.freeze_all(value, _frozen_by(node, what))
 
 
 def _aligned(value: Any, out: Any, c: Coupling) -> None:
@@ -143,26 +156,31 @@ def _aligned(value: Any, out: Any, c: Coupling) -> None:
     ranks = c.rank(value), c.rank(out)
     assert ranks[0] is not None and ranks[1] is not None
     for axis in range(1, min(ranks[0], ranks[1]) + 1):
-        if c.length(value, -axis) != 1:
-            c.same(value, -axis, out, -axis)
+        c.same(value, -axis, out, -axis)
 
 
 @rule(*POOLING)
 def channelwise(node: Any, c: Coupling) -> None:
     """Channels stay what they are; space is mixed."""
     x, y = node.inputs[0], node.outputs[0]
-    for value in (y, *node.outputs[1:]):
-        if c.rank(value) == c.rank(x):
-            for axis in (0, 1):
-                c.same(x, axis, value, axis)
-    for value in (x, *node.outputs):
+    mode = node.attributes.get("coordinate_transformation_mode")
+    if mode is not None and mode.value == "tf_crop_and_resize":
+        _stays(node, c, "cuts a part out of every axis")
+        return
+    for axis in (0, 1):
+        c.same(x, axis, y, axis)
+    for value in (x, y):
         for axis in range(2, c.rank(value) or 0):
             c.freeze(value, axis, _frozen_by(node))
     if node.op_type.endswith("Normalization"):
-        for parameter in given(node)[1:]:
-            c.same(x, 1, parameter, 0)
-        for value in node.outputs[1:]:
-            c.freeze_all(value, _frozen_by(node, "gives statistics"))
+        # Running statistics, which are outputs in training, go by channels as well.
+        for parameter in (*given(node)[1:], *node.outputs[1:]):
+            if parameter.name:
+                c.same(x, 1, parameter, 0)
+        if node.attributes.get_int("training_mode", 0):
+            c.freeze(x, 0, _frozen_by(node))
+    elif any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+        _stays(node, c, "counts positions through all channels")
 
 
 @rule("LayerNormalization", "RMSNormalization", "GroupNormalization", "MeanVarianceNormalization", "LRN")
@@ -171,9 +189,9 @@ def normalized(node: Any, c: Coupling) -> None:
     x, y = node.inputs[0], node.outputs[0]
     _aligned(x, y, c)
     rank = c.rank(x) or 0
-    first = (
-        node.attributes.get_int("axis", -1) % rank if node.op_type in ("LayerNormalization", "RMSNormalization") else 1
-    )
+    first = 0 if node.op_type == "MeanVarianceNormalization" else 1
+    if node.op_type in ("LayerNormalization", "RMSNormalization"):
+        first = node.attributes.get_int("axis", -1) % rank
     for axis in range(first, rank):
         c.freeze(x, axis, _frozen_by(node, "normalises over it"))
     for value in (*given(node)[1:], *node.outputs[1:]):
@@ -182,17 +200,17 @@ def normalized(node: Any, c: Coupling) -> None:
 
 @rule(*ALONG)
 def along_one_axis(node: Any, c: Coupling) -> None:
-    """One axis is mixed."""
+    """One axis is mixed; before opset 13, softmaxes took all from that one on for one."""
     x = node.inputs[0]
     rank = c.rank(x) or 0
+    flat = node.op_type in ("Hardmax", "LogSoftmax", "Softmax") and c.facts.opset < 13
+    axes = numbers(node.inputs[1]) if node.op_type == "CumSum" else None
+    axis: int | None = node.attributes.get_int("axis", 1 if flat else -1) % rank
     if node.op_type == "CumSum":
-        axes = numbers(node.inputs[1])
-        axis = axes[0] if axes else None
-    else:
-        axis = node.attributes.get_int("axis", -1)
+        axis = axes[0] % rank if axes else None
     for value in node.outputs:
         for place in range(rank):
-            if axis is None or place == axis % rank:
+            if axis is None or place == axis or (flat and place > axis):
                 c.freeze(x, place, _frozen_by(node))
                 c.freeze(value, place, _frozen_by(node))
             else:
@@ -204,18 +222,12 @@ def reduced(node: Any, c: Coupling) -> None:
     """What is reduced over is frozen."""
     x, y = node.inputs[0], node.outputs[0]
     rank = c.rank(x) or 0
-    if node.op_type in ("ArgMax", "ArgMin"):
-        axes: list[int] | None = [node.attributes.get_int("axis", 0)]
-    elif len(given(node)) > 1:
-        axes = numbers(node.inputs[1])
-    else:
-        axes = list(node.attributes["axes"].as_ints()) if "axes" in node.attributes else []
-        if not axes and not node.attributes.get_int("noop_with_empty_axes", 0):
-            axes = list(range(rank))
+    axes = [node.attributes.get_int("axis", 0)] if node.op_type in ("ArgMax", "ArgMin") else axes_of(node)
     if axes is None:
-        c.freeze_all(x, _frozen_by(node, "reduces axes that nobody knows"))
-        c.freeze_all(y, _frozen_by(node, "reduces axes that nobody knows"))
+        _stays(node, c, "reduces axes that can't be told")
         return
+    if not axes and not node.attributes.get_int("noop_with_empty_axes", 0):
+        axes = list(range(rank))
     gone = {axis % rank for axis in axes}
     keeps = bool(node.attributes.get_int("keepdims", 1))
     there = 0
@@ -243,9 +255,8 @@ def conv(node: Any, c: Coupling) -> None:
     c.same(w, 0, y, 1)
     _bias(node, y, 1, c)
     if ins is None or outs is None or each is None:
-        c.freeze(x, 1, _frozen_by(node, "has weights of unknown shape"))
-        return
-    if group == 1:
+        _stays(node, c, "has channels whose number can't be told")
+    elif group == 1:
         c.same(x, 1, w, 1)
         _product(node, w, 0, 1, c)
     elif each == 1:
@@ -254,7 +265,7 @@ def conv(node: Any, c: Coupling) -> None:
     else:
         at = np.arange(ins)
         c.link(c.place(x, 1), at, c.place(w, 1), at % each)
-        per = c.virtual(f"{node.name}#out", outs // group)
+        per = c.virtual(node, "out", outs // group)
         at = np.arange(outs)
         c.link(c.place(w, 0), at, per, at % (outs // group))
         _product(node, w, 0, 1, c)
@@ -269,18 +280,17 @@ def conv_transpose(node: Any, c: Coupling) -> None:
     c.same(x, 0, y, 0)
     c.same(x, 1, w, 0)
     _bias(node, y, 1, c)
-    if group == 1:
+    if ins is None or each is None:
+        _stays(node, c, "has channels whose number can't be told")
+    elif group == 1:
         c.same(w, 1, y, 1)
         _product(node, w, 1, 0, c)
-    elif ins is None or each is None:
-        c.freeze(x, 1, _frozen_by(node, "has weights of unknown shape"))
-        c.freeze(y, 1, _frozen_by(node, "has weights of unknown shape"))
     elif group == ins:
         at = np.arange(group * each)
         c.link(c.place(y, 1), at, c.place(x, 1), at // each)
         c.freeze(w, 1, _frozen_by(node, "has several filters for a channel"))
     else:
-        per = c.virtual(f"{node.name}#in", ins // group)
+        per = c.virtual(node, "in", ins // group)
         c.link(c.place(x, 1), np.arange(ins), per, np.arange(ins) % (ins // group))
         at = np.arange(group * each)
         c.link(c.place(y, 1), at, c.place(w, 1), at % each)
@@ -299,35 +309,54 @@ def _bias(node: Any, out: Any, axis: int, c: Coupling) -> None:
 
 
 def _product(node: Any, weight: Any, made: int, read: int, c: Coupling) -> None:
-    if is_stored(weight):
-        data, out = (node.inputs[0], 1), (node.outputs[0], 1)
-        if node.op_type in ("MatMul", "Gemm"):
-            turned = node.op_type == "Gemm" and node.attributes.get_int("transA", 0)
-            data, out = (node.inputs[0], 0 if turned else -1), (node.outputs[0], -1)
-        places = [(str(value.name), axis % (c.rank(value) or 1)) for value, axis in (data, out)]
-        name = str(weight.name)
-        c.products.append(Product(node.name, node.op_type, name, (name, made), (name, read), places[0], places[1]))
+    """Note a product, the only thing that may sum over units. Sums with anything but a weight freeze them: nothing would tell
+    what units are worth there."""
+    data, out = (node.inputs[0], 1), (node.outputs[0], 1)
+    if node.op_type in ("MatMul", "Gemm"):
+        turned = node.op_type == "Gemm" and node.attributes.get_int("transA", 0)
+        data, out = (node.inputs[0], 0 if turned else -1), (node.outputs[0], -1)
+    origin, sides = _origin(weight, (made, read), c)
+    if not is_stored(origin) or (node.op_type == "MatMul" and c.rank(weight) != 2):
+        c.freeze(*data, _frozen_by(node, "sums over it what isn't multiplied by a plain weight"))
+        return
+    places = [(str(value.name), axis % (c.rank(value) or 1)) for value, axis in (data, out)]
+    name = str(origin.name)
+    c.products.append(Product(node.name or "", node.op_type, name, (name, sides[0]), (name, sides[1]), *places))
+
+
+def _origin(weight: Any, axes: tuple[int, int], c: Coupling) -> tuple[Any, tuple[int, int]]:
+    """The stored tensor that a weight is, behind casts and transpositions, and where those axes are there."""
+    while (node := made_by(weight, "Transpose|Cast|Identity")) is not None:
+        if node.op_type == "Transpose":
+            order = _order(node, c)
+            axes = order[axes[0]], order[axes[1]]
+        weight = node.inputs[0]
+    return weight, axes
+
+
+def _order(node: Any, c: Coupling) -> list[int]:
+    """Axes of what a Transpose reads, in the order of what it makes."""
+    turned = list(range(c.rank(node.inputs[0]) or 0))[::-1]
+    return list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else turned
 
 
 @rule("MatMul")
 def matmul(node: Any, c: Coupling) -> None:
-    """The last axis of the first meets the last but one of the second."""
+    """The last axis of the first meets the last but one of the second; those before are a batch."""
     a, b, y = node.inputs[0], node.inputs[1], node.outputs[0]
     ranks = c.rank(a) or 0, c.rank(b) or 0
-    flat = ranks[1] == 1
-    c.same(a, -1, b, -1 if flat else -2)
-    if ranks[0] > 1:
-        c.same(a, -2, y, -1 if flat else -2)
-    if not flat:
+    # What a vector lacks, the result lacks as well.
+    rows, columns = int(ranks[0] > 1), int(ranks[1] > 1)
+    read = -1 - columns
+    c.same(a, -1, b, read)
+    if rows:
+        c.same(a, -2, y, -1 - columns)
+    if columns:
         c.same(b, -1, y, -1)
-    rank = c.rank(y) or 0
-    if min(ranks) > 1:
+    for value, rank in ((a, ranks[0]), (b, ranks[1])):
         for axis in range(3, rank + 1):
-            for value, of in ((a, ranks[0]), (b, ranks[1])):
-                if axis <= of and c.length(value, -axis) != 1:
-                    c.same(value, -axis, y, -axis)
-    if ranks[1] == 2:
-        _product(node, b, 1, 0, c)
+            c.same(value, -axis, y, -axis + 2 - rows - columns)
+    _product(node, b, ranks[1] - 1, read % ranks[1], c)
 
 
 @rule("Gemm")
@@ -350,9 +379,8 @@ def einsum(node: Any, c: Coupling) -> None:
     read, _, made = equation.partition("->")
     terms = [*read.split(","), made]
     values = [*given(node), node.outputs[0]]
-    if "." in equation or "->" not in equation or any(len(t) != c.rank(v) for t, v in zip(terms, values, strict=True)):
-        for value in values:
-            c.freeze_all(value, _frozen_by(node, "is written so that axes can't be told"))
+    if "." in equation or "->" not in equation:
+        _stays(node, c, "is written so that axes can't be told")
         return
     first: dict[str, tuple[Any, int]] = {}
     for term, value in zip(terms, values, strict=True):
@@ -360,8 +388,8 @@ def einsum(node: Any, c: Coupling) -> None:
             other = first.setdefault(letter, (value, axis))
             if other != (value, axis):
                 c.same(*other, value, axis)
-            if letter not in made and read.count(letter) == 1:
-                c.freeze(value, axis, _frozen_by(node))
+            if letter not in made:
+                c.freeze(value, axis, _frozen_by(node, "sums over it what isn't multiplied by a plain weight"))
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -369,34 +397,27 @@ def einsum(node: Any, c: Coupling) -> None:
 
 @rule("Attention")
 def attention(node: Any, c: Coupling) -> None:
-    """Heads go whole: those of keys and values with all heads of queries that share them."""
+    """Heads go whole: those of keys and values with all heads of queries that share them. One that all share stays."""
     inputs = given(node)
     q, k, v, y = *inputs[:3], node.outputs[0]
-    extra = [value for value in (*inputs[4:], *node.outputs[1:]) if value is not None and (value.name or value.uses())]
+    extra = [value for value in (*inputs[4:], *node.outputs[1:]) if value is not None and value.name]
     ranks = {c.rank(value) for value in (q, k, v, y)}
     heads = _heads(node, c) if len(ranks) == 1 and not extra else None
     if heads is None:
-        for value in (*(value for value in inputs if value is not None), *node.outputs):
-            c.freeze_all(value, _frozen_by(node, "has heads that can't be told"))
+        _stays(node, c, "has heads that can't be told")
         return
     many, shared = heads
-    each = many // shared
-    whole = c.virtual(f"{node.name}#heads", many)
+    whole = c.virtual(node, "heads", many)
     for value, of in ((q, many), (k, shared), (v, shared), (y, many)):
         axis = 1 if c.rank(value) == 4 else 2
-        length = c.length(value, axis)
-        place = c.place(value, axis)
-        if length is None or length % of:
-            c.freeze(value, axis, _frozen_by(node, "has heads that can't be told"))
-            continue
-        at = np.arange(length)
-        for turn in range(each if of == shared else 1):
-            head = at // (length // of)
-            c.link(place, at, whole, head * each + turn if of == shared else head)
         for other in range(1, c.rank(value) or 0):
             if other != axis:
                 c.freeze(value, other, _frozen_by(node))
         c.same(q, 0, value, 0)
+        if of == 1 < many:
+            c.freeze(value, axis, _frozen_by(node, "shares it among all heads"))
+        else:
+            _in_heads(value, axis, of, whole, many, c)
     if len(inputs) > 3 and inputs[3] is not None:
         mask = inputs[3]
         for axis in range(c.rank(mask) or 0):
@@ -406,13 +427,22 @@ def attention(node: Any, c: Coupling) -> None:
                 c.freeze(mask, axis, _frozen_by(node))
 
 
+def _in_heads(value: Any, axis: int, of: int, whole: Place, many: int, c: Coupling) -> None:
+    """An axis holds `of` heads, one after the other, each of which as many of `whole` share."""
+    at = np.arange(c.length(value, axis) or 0)
+    head = at // max(1, len(at) // of)
+    for turn in range(many // of):
+        c.link(c.place(value, axis), at, whole, head * (many // of) + turn)
+
+
 def _heads(node: Any, c: Coupling) -> tuple[int, int] | None:
     """Heads of queries, and of keys and values."""
-    if c.rank(node.inputs[0]) == 4:
-        many, shared = c.length(node.inputs[0], 1), c.length(node.inputs[1], 1)
-    else:
-        many, shared = (node.attributes.get_int(f"{side}_num_heads", 0) for side in ("q", "kv"))
-    return (many, shared) if many and shared and many % shared == 0 else None
+    joined = c.rank(node.inputs[0]) == 3
+    lengths = [c.length(value, 2 if joined else 1) for value in node.inputs[:3]]
+    named = [node.attributes.get_int(f"{side}_num_heads", 0) for side in ("q", "kv", "kv")]
+    heads = [many or 0 for many in (named if joined else lengths)]
+    whole = all(many and size and size % many == 0 for many, size in zip(heads, lengths, strict=True))
+    return (heads[0], heads[1]) if whole and heads[0] % heads[1] == 0 else None
 
 
 @rule("RotaryEmbedding")
@@ -420,16 +450,15 @@ def rotary_embedding(node: Any, c: Coupling) -> None:
     """Heads go whole; what is inside of them is turned in pairs."""
     x, y = node.inputs[0], node.outputs[0]
     _aligned(x, y, c)
+    heads, axis = node.attributes.get_int("num_heads", 0), 1 if c.rank(x) == 4 else 2
+    length = c.length(x, axis)
     if c.rank(x) == 4:
         c.freeze(x, 3, _frozen_by(node))
-    else:
-        heads, length = node.attributes.get_int("num_heads", 0), c.length(x, 2)
-        if not heads or length is None or length % heads:
-            c.freeze(x, 2, _frozen_by(node, "has heads that can't be told"))
-        else:
-            whole = c.virtual(f"{node.name}#heads", heads)
-            c.link(c.place(x, 2), np.arange(length), whole, np.arange(length) // (length // heads))
-    c.freeze(x, c.rank(x) - 2 if c.rank(x) == 4 else 1, _frozen_by(node))  # type: ignore[operator]
+    if heads and length is not None and length % heads == 0:
+        _in_heads(x, axis, heads, c.virtual(node, "heads", heads), heads, c)
+    elif c.rank(x) != 4:
+        c.freeze(x, 2, _frozen_by(node, "has heads that can't be told"))
+    c.freeze(x, 3 - axis, _frozen_by(node))
     for value in given(node)[1:]:
         if value is not None:
             c.freeze_all(value, _frozen_by(node, "turns by it"))
@@ -442,9 +471,7 @@ def rotary_embedding(node: Any, c: Coupling) -> None:
 def transpose(node: Any, c: Coupling) -> None:
     """Axes in another order."""
     x, y = node.inputs[0], node.outputs[0]
-    rank = c.rank(x) or 0
-    order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(rank)[::-1]
-    for there, axis in enumerate(order):
+    for there, axis in enumerate(_order(node, c)):
         c.same(x, axis, y, there)
 
 
@@ -455,9 +482,8 @@ def reshape(node: Any, c: Coupling) -> None:
     old, new = c.facts.shape(x), c.facts.shape(y)
     assert old is not None and new is not None
     runs = matched(old, new)
-    if runs is None:
-        for value in (x, y):
-            c.freeze_all(value, _frozen_by(node, "regroups positions in a way that can't be told"))
+    if runs is None or not _can_be_told(node, c):
+        _stays(node, c, "regroups positions in a way that can't be told")
         return
     for mine, theirs in runs:
         if len(mine) == 1 and len(theirs) == 1:
@@ -482,7 +508,10 @@ def concat(node: Any, c: Coupling) -> None:
 @rule("Split")
 def split(node: Any, c: Coupling) -> None:
     """The reverse."""
-    _in_a_row(node, node.inputs[0], list(node.outputs), c)
+    if all(value.name for value in node.outputs):
+        _in_a_row(node, node.inputs[0], list(node.outputs), c)
+    else:
+        _stays(node, c, "leaves parts out")
 
 
 def _in_a_row(node: Any, whole: Any, parts: list[Any], c: Coupling) -> None:
@@ -503,23 +532,28 @@ def _in_a_row(node: Any, whole: Any, parts: list[Any], c: Coupling) -> None:
             start += length
 
 
+def _can_be_told(node: Any, c: Coupling) -> bool:
+    """Whether the shape that a node is given can be written anew: one that is calculated takes Where, of opset 9."""
+    return len(given(node)) < 2 or is_stored(node.inputs[1]) or c.facts.opset >= 9
+
+
 @rule("Slice")
 def slice_(node: Any, c: Coupling) -> None:
     """Some positions of some axes, in order."""
     x, y = node.inputs[0], node.outputs[0]
     rank = c.rank(x) or 0
     taken = sliced(node, rank)
+    if taken is None:
+        _stays(node, c, "takes positions that can't be told")
+        return
     for axis in range(rank):
-        start, end, step = (0, None, 1) if taken is None else taken.get(axis, (0, None, 1))
-        length = c.length(x, axis)
-        if taken is None or (step != 1 and length != c.length(y, axis)):
-            c.freeze(x, axis, _frozen_by(node, "takes positions that can't be told"))
-            c.freeze(y, axis, _frozen_by(node, "takes positions that can't be told"))
-        elif length is None or (length == c.length(y, axis) and step == 1):
-            c.same(x, axis, y, axis)
-        elif step != 1:
+        start, end, step = taken.get(axis, (0, None, 1))
+        length, left = c.length(x, axis), c.length(y, axis)
+        if step != 1:
             c.freeze(x, axis, _frozen_by(node, "takes positions in steps"))
             c.freeze(y, axis, _frozen_by(node, "takes positions in steps"))
+        elif length is None or length == left:
+            c.same(x, axis, y, axis)
         else:
             at = np.arange(length)[slice(start, end)]
             c.link(c.place(x, axis), at, c.place(y, axis), np.arange(len(at)))
@@ -527,17 +561,21 @@ def slice_(node: Any, c: Coupling) -> None:
 
 def sliced(node: Any, rank: int) -> dict[int, tuple[int, int, int]] | None:
     """(start, end, step) by axis; None where they aren't stored."""
-    if len(given(node)) < 3:
+    found = [_listed(node, word, number) for number, word in enumerate(("starts", "ends", "axes", "steps"), 1)]
+    starts, ends, axes, steps = found
+    if starts is None or ends is None or axes is None or steps is None:
         return None
-    found = [numbers(value) if value is not None else None for value in given(node)[1:]]
-    starts, ends = found[0], found[1]
-    if starts is None or ends is None:
-        return None
-    axes = found[2] if len(found) > 2 and given(node)[3] is not None else list(range(len(starts)))
-    steps = found[3] if len(found) > 3 and given(node)[4] is not None else [1] * len(starts)
-    if axes is None or steps is None:
-        return None
+    axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
     return {axis % rank: (a, b, s) for axis, a, b, s in zip(axes, starts, ends, steps, strict=True)}
+
+
+def _listed(node: Any, word: str, position: int) -> list[int] | None:
+    """Whole numbers that are an attribute in old opsets, and a stored input since; empty where they are left out, None where
+    they are calculated."""
+    if word in node.attributes:
+        return list(node.attributes[word].as_ints())
+    inputs = given(node)
+    return numbers(inputs[position]) if position < len(inputs) and inputs[position] is not None else []
 
 
 @rule("Gather")
@@ -566,28 +604,29 @@ def pad(node: Any, c: Coupling) -> None:
     rank = c.rank(x) or 0
     amounts = padded(node, rank)
     constant = (node.attributes["mode"].value if "mode" in node.attributes else "constant") == "constant"
+    if amounts is None:
+        _stays(node, c, "pads by what can't be told")
+        return
     for axis in range(rank):
-        before, after = (0, 0) if amounts is None else amounts[axis]
+        before, after = amounts[axis]
         length = c.length(x, axis)
-        if amounts is None or ((before or after) and (length is None or not constant)):
-            c.freeze(x, axis, _frozen_by(node, "pads by what can't be told"))
-            c.freeze(y, axis, _frozen_by(node, "pads by what can't be told"))
-        elif not before and not after:
+        if not before and not after:
             c.same(x, axis, y, axis)
+        elif length is None or not constant:
+            c.freeze(x, axis, _frozen_by(node, "pads it by what lies in it"))
+            c.freeze(y, axis, _frozen_by(node, "pads it by what lies in it"))
         else:
-            at = np.arange(max(0, -before), (length or 0) - max(0, -after))
+            at = np.arange(max(0, -before), length - max(0, -after))
             c.link(c.place(x, axis), at, c.place(y, axis), at + before)
 
 
 def padded(node: Any, rank: int) -> list[tuple[int, int]] | None:
     """(in front, behind) of each axis; None where it isn't stored."""
-    if len(given(node)) < 2:
-        return None
-    amounts = numbers(node.inputs[1])
-    axes = numbers(node.inputs[3]) if len(given(node)) > 3 and node.inputs[3] is not None else list(range(rank))
-    if amounts is None or axes is None:
+    amounts, axes = _listed(node, "pads", 1), _listed(node, "axes", 3)
+    if not amounts or axes is None:
         return None
     found = [(0, 0)] * rank
+    axes = axes or list(range(rank))
     for number, axis in enumerate(axes):
         found[axis % rank] = amounts[number], amounts[number + len(axes)]
     return found
@@ -595,39 +634,33 @@ def padded(node: Any, rank: int) -> list[tuple[int, int]] | None:
 
 @rule("Expand", "Tile")
 def repeated(node: Any, c: Coupling) -> None:
-    """Axes of length 1 are repeated; Tile repeats others as well."""
+    """Expand repeats axes of length 1; Tile repeats others as well."""
     x, y = node.inputs[0], node.outputs[0]
     rank, more = c.rank(x) or 0, c.rank(y) or 0
     for axis in range(1, min(rank, more) + 1):
-        if c.length(x, -axis) != 1 and node.op_type == "Tile" and c.length(x, -axis) != c.length(y, -axis):
+        if node.op_type == "Expand" or c.length(x, -axis) == c.length(y, -axis) is not None:
+            c.same(x, -axis, y, -axis)
+        else:
             c.freeze(x, -axis, _frozen_by(node, "repeats it"))
             c.freeze(y, -axis, _frozen_by(node, "repeats it"))
-        elif c.length(x, -axis) != 1:
-            c.same(x, -axis, y, -axis)
-        elif node.op_type == "Tile":
-            c.freeze(y, -axis, _frozen_by(node, "repeats it"))
-    if node.op_type == "Expand" and not _told(node.inputs[1], c):
-        c.freeze_all(y, _frozen_by(node, "has a shape that can't be told"))
-
-
-def _told(value: Any, c: Coupling) -> bool:
-    return c.facts.content(value) is not None
+    if node.op_type == "Expand" and not _can_be_told(node, c):
+        _stays(node, c, "has a shape that can't be told")
 
 
 @rule("Shape")
 def shape(node: Any, c: Coupling) -> None:
     """Sizes are read: those of axes that are cut would be others."""
     x, rank = node.inputs[0], c.rank(node.inputs[0]) or 0
-    read: set[int] = set()
+    # An end beyond the last axis is the last; Python has it so, too.
+    told = range(rank)[node.attributes.get_int("start", 0) : node.attributes.get_int("end", rank)]
+    read: set[int] = set(told if node.outputs[0].is_graph_output() else ())
     for use in node.outputs[0].uses():
         if use.node.op_type == "Gather" and use.idx == 0 and (picked := numbers(use.node.inputs[1])) is not None:
-            read.update(one % rank for one in picked)
-        elif use.node.op_type == "Slice" and (ranges := sliced(use.node, 1)) and 0 in ranges:
+            read.update(told[one] for one in picked)
+        elif use.node.op_type == "Slice" and use.idx == 0 and (ranges := sliced(use.node, 1)) and 0 in ranges:
             start, end, step = ranges[0]
-            read.update(range(rank)[start:end:step])
+            read.update(told[start:end:step])
         else:
-            read.update(range(rank))
-    if node.outputs[0].is_graph_output():
-        read.update(range(rank))
+            read.update(told)
     for axis in read:
         c.freeze(x, axis, _frozen_by(node, "reads how long it is"))

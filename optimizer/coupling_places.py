@@ -2,15 +2,16 @@
 
 A place is an axis of a value. Axes that are the same from end to end are merged first, so that positions are only told apart
 where an operator shifts, joins or regroups them. A Reshape that splits an axis keeps what comes first of its parts cuttable
-(heads rather than what is inside of each), unless that is frozen. The batch and other axes whose length isn't known are never
-cut. What operators say stands in `coupling`.
+(heads rather than what is inside of each), unless that is frozen, or the parts change places (channels that are shuffled). The
+batch and other axes whose length isn't known are never cut. What operators say stands in `coupling`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ class Coupling:
     _parent: dict[Place, Place] = field(default_factory=dict)
     _length: dict[Place, int] = field(default_factory=dict)
     _frozen: dict[Place, str] = field(default_factory=dict)
-    _links: list[tuple[Place, Any, Place, Any]] = field(default_factory=list)
+    _frozen_at: list[tuple[Place, Positions, str]] = field(default_factory=list)
+    _links: list[tuple[Place, Positions, Place, Positions]] = field(default_factory=list)
     _splits: list[tuple[Place, list[Place]]] = field(default_factory=list)
 
     # What rules say ---------------------------------------------------------------------------------------------------
@@ -107,9 +109,9 @@ class Coupling:
         self._length[place] = length
         return place
 
-    def virtual(self, name: str, length: int) -> Place:
-        """An axis of no value, such as the heads within a joined axis."""
-        place = (name, -1)
+    def virtual(self, node: Any, word: str, length: int) -> Place:
+        """An axis of no value, such as the heads within a joined axis of what a node makes."""
+        place = virtual_place(node, word)
         self._length[place] = length
         return place
 
@@ -134,9 +136,10 @@ class Coupling:
         if a is not None and b is not None:
             self._links.append((a, np.asarray(at, np.int64), b, np.asarray(there, np.int64)))
         else:
-            for place in (a, b):
+            for place, positions in ((a, at), (b, there)):
                 if place is not None:
-                    self._freeze(place, "what it meets has a single position, or nobody knows how many")
+                    why = "what it becomes or comes of has a single position, or nobody knows how many"
+                    self._frozen_at.append((place, np.asarray(positions, np.int64), why))
 
     def freeze(self, value: Any, axis: int, reason: str) -> None:
         """Nothing may be cut along this axis."""
@@ -164,8 +167,16 @@ class Coupling:
 
     def settle(self) -> None:
         """Find the groups, once every operator has been asked."""
+        orders: dict[frozenset[Place], set[tuple[Place, ...]]] = {}
+        for _, parts in self._splits:
+            roots = tuple(map(self._root, parts))
+            orders.setdefault(frozenset(roots), set()).add(roots)
+        partly = {self._root(place) for place, _, _ in self._frozen_at}
         for whole, parts in self._splits:
-            self._settle_split(whole, parts)
+            # Parts that are joined in another order elsewhere don't lie inside of each other: the longest leaves most to choose.
+            shuffled = len(orders[frozenset(map(self._root, parts))]) > 1
+            best = sorted(parts, key=lambda part: (-self._length[part], self._root(part))) if shuffled else parts
+            self._settle_split(whole, parts, sorted(best, key=lambda part: self._root(part) in partly))
         starts, count = self._numbered()
         units, reasons = self._units(starts, count)
         self._group(starts, units, reasons)
@@ -175,9 +186,9 @@ class Coupling:
         known = self.facts.known.items()
         return {str(value.name): fact.shape for value, fact in known if value is not None and fact.shape is not None}
 
-    def lengths(self) -> dict[Place, int]:
+    def lengths(self) -> Mapping[Place, int]:
         """Every place that positions can be cut from, with how many it has."""
-        return dict(self._length)
+        return MappingProxyType(self._length)
 
     def same_class(self, place: Place) -> Place:
         """What stands for all places that are the same from end to end."""
@@ -202,8 +213,9 @@ class Coupling:
     def _freeze(self, place: Place, reason: str) -> None:
         self._frozen.setdefault(self._root(place), reason)
 
-    def _settle_split(self, whole: Place, parts: list[Place]) -> None:
-        free = [part for part in parts if self._root(part) not in self._frozen]
+    def _settle_split(self, whole: Place, parts: list[Place], best: list[Place]) -> None:
+        """Cut along one of the parts, the first of `best` that may be."""
+        free = [part for part in best if self._root(part) not in self._frozen]
         chosen = free[0] if free and self._root(whole) not in self._frozen else None
         for part in parts:
             if part is not chosen:
@@ -238,10 +250,10 @@ class Coupling:
         edges = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(count, count))
         units = connected_components(edges, directed=False)[1] if count else np.zeros(0, np.int64)
         reasons: dict[int, str] = {}
-        for place, reason in self._frozen.items():
-            if place in starts:
-                for unit in np.unique(units[starts[place] : starts[place] + self._length[place]]):
-                    reasons.setdefault(int(unit), reason)
+        whole = ((place, np.arange(self._length[place]), reason) for place, reason in self._frozen.items())
+        for place, positions, reason in (*whole, *self._frozen_at):
+            for unit in np.unique(units[starts[self._root(place)] + positions]).tolist():
+                reasons.setdefault(unit, reason)
         return units, reasons
 
     def _group(self, starts: dict[Place, int], units: Any, reasons: dict[int, str]) -> None:
@@ -255,23 +267,24 @@ class Coupling:
         for unit, where in along.items():
             alike.setdefault((tuple(where), reasons.get(unit)), []).append(unit)
         makers, readers = self._by_class("made"), self._by_class("read")
+        number = {product: at for at, product in enumerate(self.products)}
         classes = {place: self._root(place) for place in self._length}
         for (where, reason), members in alike.items():
             roots = [root for root, _ in where]
-            made = [product for root in roots for product in makers.get(root, ())]
-            read = [product for root in roots for product in readers.get(root, ())]
+            made = sorted((one for root in roots for one in makers.get(root, ())), key=number.__getitem__)
+            read = sorted((one for root in roots for one in readers.get(root, ())), key=number.__getitem__)
             if not made:
                 continue
-            name = min(made, key=self.products.index).node
             if reason is None and not read:
                 reason = "no product reads it"
+            elif reason is None and len(members) == 1 and any(times == self._length[root] for root, times in where):
+                reason = "all of it would go at once"
             if reason is not None:
-                self.left.append(Left(name, len(members), reason))
+                self.left.append(Left(made[0].node, len(members), reason))
                 continue
-            order = {unit: number for number, unit in enumerate(members)}
-            tables = {root: _table(units[starts[root] : starts[root] + self._length[root]], order) for root in roots}
-            self.groups.append(Group(name, len(members), tuple(made), tuple(read), tables, classes))
-        self.groups.sort(key=lambda group: self.products.index(group.makers[0]))
+            tables = {root: _table(units[starts[root] :][: self._length[root]], members) for root in roots}
+            self.groups.append(Group(made[0].node, len(members), tuple(made), tuple(read), tables, classes))
+        self.groups.sort(key=lambda group: number[group.makers[0]])
 
     def _by_class(self, side: str) -> dict[Place, list[Product]]:
         found: dict[Place, list[Product]] = {}
@@ -280,6 +293,11 @@ class Coupling:
             if place in self._length:
                 found.setdefault(self._root(place), []).append(product)
         return found
+
+
+def virtual_place(node: Any, word: str) -> Place:
+    """What stands for an axis of no value; axes of values are never negative."""
+    return (f"{node.outputs[0].name}#{word}", -1)
 
 
 def matched(old: Sequence[Number], new: Sequence[Number]) -> Iterator[tuple[list[int], list[int]]] | None:
@@ -329,10 +347,9 @@ class _Primes:
         return self._known[one]
 
 
-def _table(units: Any, order: dict[int, int]) -> Positions:
-    """[units, positions of each], from the unit of each position."""
-    rows: list[list[int]] = [[] for _ in order]
-    for position, unit in enumerate(units.tolist()):
-        if unit in order:
-            rows[order[unit]].append(position)
-    return np.asarray(rows, np.int64)
+def _table(units: Any, members: Sequence[int]) -> Positions:
+    """[units, positions of each], from the unit of each position; `members` in order."""
+    order = np.argsort(units, kind="stable")
+    first = np.searchsorted(units, members, sorter=order)
+    each = np.searchsorted(units, members, side="right", sorter=order) - first
+    return order[first[:, None] + np.arange(each[0])].astype(np.int64)

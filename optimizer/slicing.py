@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from perwatt.artifact import Artifact
 from perwatt.coupling import padded, sliced
-from perwatt.coupling_places import Coupling, Group, Place
+from perwatt.coupling_places import Coupling, Group, Place, virtual_place
 from perwatt.errors import PassError
 from perwatt.fusion import Builder, names_in, remove_unused
 from perwatt.patterns import given, is_stored, stored
@@ -27,6 +27,8 @@ def cut(artifact: Artifact, coupling: Coupling, units: Mapping[Group, Sequence[i
     """The model without those units, as a new one. `coupling` is that of `artifact`, or of one that differs in weights alone.
     Raises PassError where nothing would be left of an axis."""
     surgery = Surgery(artifact, coupling, units)
+    if surgery.nothing():
+        return surgery.model
     surgery.nodes()
     surgery.tensors()
     surgery.shapes()
@@ -43,20 +45,27 @@ class Surgery:
         self._lengths = coupling.lengths()
         self._class = coupling.same_class
         self._shapes = coupling.shapes()
+        self.opset = coupling.facts.opset
         self._axes: dict[str, list[Place]] = {}
         for place in self._lengths:
-            self._axes.setdefault(place[0], []).append(place)
+            if place[1] >= 0:
+                self._axes.setdefault(place[0], []).append(place)
         gone: dict[Place, list[Kept]] = {}
         for group, which in units.items():
             for place, positions in group.along().items():
-                gone.setdefault(place, []).append(positions[list(which)].reshape(-1))
+                gone.setdefault(place, []).append(positions[_checked(group, which)].reshape(-1))
         self._kept: dict[Place, Kept] = {}
         for place, several in gone.items():
             lost = np.concatenate(several)
             if lost.size:
                 self._kept[place] = np.setdiff1d(np.arange(self._lengths[place]), lost)
                 if not self._kept[place].size:
-                    raise PassError(f"nothing would be left of axis {place[1]} of {place[0]}")
+                    names = ", ".join(group.name for group in units if place in group.along())
+                    raise PassError(f"nothing would be left of what {names} makes", fix="cut fewer units")
+
+    def nothing(self) -> bool:
+        """Whether all stays."""
+        return not self._kept
 
     # What is left -----------------------------------------------------------------------------------------------------
 
@@ -64,9 +73,9 @@ class Surgery:
         """Positions that stay, in order; None where all do."""
         return self._at((str(value.name), axis))
 
-    def kept_of(self, virtual: str) -> Kept | None:
+    def kept_of(self, node: Any, word: str) -> Kept | None:
         """The same of an axis of no value."""
-        return self._at((virtual, -1))
+        return self._at(virtual_place(node, word))
 
     def _at(self, place: Place) -> Kept | None:
         return self._kept.get(self._class(place)) if place in self._lengths else None
@@ -88,9 +97,14 @@ class Surgery:
         """How many positions an axis had, which must be known."""
         return int(self._shapes[str(value.name)][axis])
 
-    def length_of(self, virtual: str) -> int:
-        """The same of an axis of no value."""
-        return self._lengths[virtual, -1]
+    def new_length(self, value: Any, axis: int) -> int | None:
+        """How many positions an axis has now, where that is known."""
+        kept, size = self.kept(value, axis), self._shapes[str(value.name)][axis]
+        return len(kept) if kept is not None else size if isinstance(size, int) else None
+
+    def length_of(self, node: Any, word: str) -> int:
+        """How many positions an axis of no value had."""
+        return self._lengths[virtual_place(node, word)]
 
     def count(self, value: Any, axis: int, start: int, end: int) -> int:
         """How many positions from `start` up to `end` stay."""
@@ -102,8 +116,9 @@ class Surgery:
     def nodes(self) -> None:
         """Tell nodes the new counts; before tensors are cut, so that both sides of each can be looked at."""
         for node in list(self.model.graph):
-            rewrite = REWRITES.get(node.op_type)
-            if rewrite is not None and node.domain == "":
+            rewrite = REWRITES.get(node.op_type) if node.domain == "" else None
+            # Of what loses something, shapes are known; of others maybe not.
+            if rewrite is not None and any(self.touched(value) for value in (*node.inputs, *node.outputs)):
                 rewrite(node, self)
 
     def tensors(self) -> None:
@@ -120,9 +135,8 @@ class Surgery:
             array = stored(value)
             for axis, kept in touched.items():
                 array = np.take(array, kept, axis=axis)
-            tensor = ir.Tensor(np.ascontiguousarray(array), name=value.name)
-            producer = value.producer()
-            if producer is None:
+            tensor = ir.tensor(np.ascontiguousarray(array), name=value.name)
+            if (producer := value.producer()) is None:
                 value.const_value = tensor
             else:
                 producer.attributes.clear()
@@ -142,19 +156,31 @@ class Surgery:
                     dims[axis] = len(kept)
                 value.shape = ir.Shape(dims)
 
-    def constant(self, node: Any, position: int, numbers: Any, word: str) -> None:
-        """Give a node other stored whole numbers at one of its inputs."""
+    def listed(self, node: Any, position: int, numbers: Any, word: str, since: int = 0) -> None:
+        """Give a node other whole numbers at one of its inputs, or as the attribute that they were before opset `since`."""
+        import onnx_ir as ir
+
+        if self.opset < since:
+            node.attributes[word] = ir.AttrInt64s(word, [int(number) for number in numbers])
+            return
         build = Builder(self.model.graph, node, self.taken)
-        while len(node.inputs) <= position:
+        if len(node.inputs) <= position:
             node.resize_inputs(position + 1)
         node.replace_input_with(position, build.constant(np.asarray(numbers, np.int64), word))
-        self.model.graph.insert_before(node, build.nodes)
 
     def attribute(self, node: Any, name: str, number: int) -> None:
         """Set a whole number among a node's attributes."""
         import onnx_ir as ir
 
         node.attributes[name] = ir.AttrInt64(name, int(number))
+
+
+def _checked(group: Group, which: Sequence[int]) -> list[int]:
+    """Numbers of units that there are. Raises PassError for others."""
+    units = [int(unit) for unit in which]
+    if wrong := [unit for unit in units if not 0 <= unit < group.size]:
+        raise PassError(f"{group.name} has units 0 to {group.size - 1}, and none of number {wrong[0]}")
+    return units
 
 
 # By operator ----------------------------------------------------------------------------------------------------------
@@ -164,45 +190,70 @@ def conv(node: Any, its: Surgery) -> None:
     """Depthwise convolutions have as many groups as channels."""
     group = node.attributes.get_int("group", 1)
     kept = its.kept(node.inputs[0], 1)
-    depthwise = group > 1 and group == its.length(node.inputs[0], 1)
+    depthwise = group == its.length(node.inputs[0], 1)
     if kept is not None and depthwise:
         its.attribute(node, "group", len(kept))
 
 
 def reshape(node: Any, its: Surgery) -> None:
-    """Lengths that were named."""
-    _told(node, 1, node.outputs[0], its, aligned=False)
+    """Lengths that were named. A 0 takes over the input's axis at its place, whose positions may be other ones."""
+    out = node.outputs[0]
+    if not its.touched(out):
+        return
+    target = stored(node.inputs[1])
+    if target is None:
+        _mixed(node, 1, its.touched(out), its)
+        return
+    new = [int(size) for size in target]
+    for axis, size in enumerate(new):
+        length = its.new_length(out, axis)
+        if size >= 0 and length is not None:
+            new[axis] = length
+    its.listed(node, 1, new, "shape")
 
 
 def expand(node: Any, its: Surgery) -> None:
     """The same, counted from the last axis."""
-    _told(node, 1, node.outputs[0], its, aligned=True)
+    out, target = node.outputs[0], stored(node.inputs[1])
+    touched = {axis - its.rank(out): kept for axis, kept in its.touched(out).items()}
+    if not touched:
+        return
+    if target is None:
+        count = its.length(node.inputs[1], 0)
+        _mixed(node, 1, {axis + count: kept for axis, kept in touched.items() if axis + count >= 0}, its)
+        return
+    new = [int(size) for size in target]
+    for axis, kept in touched.items():
+        if -axis <= len(new):
+            new[axis] = len(kept)
+    its.listed(node, 1, new, "shape")
 
 
 def resize(node: Any, its: Surgery) -> None:
-    """The same, where sizes are given."""
-    if len(given(node)) > 3 and node.inputs[3] is not None and "axes" not in node.attributes:
-        _told(node, 3, node.outputs[0], its, aligned=False)
+    """The same, where sizes are given, of all axes or some."""
+    if len(given(node)) <= 3 or node.inputs[3] is None:
+        return
+    rank, out = its.rank(node.outputs[0]), node.outputs[0]
+    axes = (
+        [axis % rank for axis in node.attributes["axes"].as_ints()] if "axes" in node.attributes else list(range(rank))
+    )
+    touched = {axes.index(axis): kept for axis, kept in its.touched(out).items() if axis in axes}
+    if not touched:
+        return
+    sizes = stored(node.inputs[3])
+    if sizes is None:
+        _mixed(node, 3, touched, its)
+        return
+    its.listed(node, 3, [len(touched[at]) if at in touched else size for at, size in enumerate(sizes)], "sizes")
 
 
-def _told(node: Any, position: int, out: Any, its: Surgery, *, aligned: bool) -> None:
-    touched = its.touched(out)
+def _mixed(node: Any, position: int, touched: Mapping[int, Kept], its: Surgery) -> None:
+    """Sizes that are calculated while the model runs keep what is not cut."""
     if not touched:
         return
     source = node.inputs[position]
-    target = stored(source) if is_stored(source) else None
-    rank = its.rank(out)
-    if target is not None:
-        offset = len(target) - rank if aligned else 0
-        new = target.astype(np.int64).copy()
-        for axis, kept in touched.items():
-            if 0 <= axis + offset < len(new) and new[axis + offset] > (1 if aligned else 0):
-                new[axis + offset] = len(kept)
-        its.constant(node, position, new, "shape")
-        return
-    # Sizes that are calculated while the model runs keep what is not cut.
-    lengths = np.ones(rank, np.int64)
-    changed = np.zeros(rank, bool)
+    lengths = np.ones(its.length(source, 0), np.int64)
+    changed = np.zeros(len(lengths), bool)
     for axis, kept in touched.items():
         lengths[axis], changed[axis] = len(kept), True
     build = Builder(its.model.graph, node, its.taken)
@@ -216,12 +267,8 @@ def split(node: Any, its: Surgery) -> None:
     axis = node.attributes.get_int("axis", 0) % its.rank(node.inputs[0])
     if its.kept(node.inputs[0], axis) is None:
         return
-    sizes = []
-    for value in node.outputs:
-        kept = its.kept(value, axis)
-        sizes.append(its.length(value, axis) if kept is None else len(kept))
     node.attributes.pop("num_outputs", None)
-    its.constant(node, 1, sizes, "sizes")
+    its.listed(node, 1, [its.new_length(value, axis) or 0 for value in node.outputs], "split", since=13)
 
 
 def slice_(node: Any, its: Surgery) -> None:
@@ -240,7 +287,8 @@ def slice_(node: Any, its: Surgery) -> None:
         for word, one in (("starts", start), ("ends", end), ("axes", axis), ("steps", step)):
             new[word].append(one)
     for position, (word, numbers) in enumerate(new.items(), 1):
-        its.constant(node, position, numbers, word)
+        if word != "steps" or its.opset >= 10:
+            its.listed(node, position, numbers, word, since=10)
 
 
 def gather(node: Any, its: Surgery) -> None:
@@ -252,7 +300,7 @@ def gather(node: Any, its: Surgery) -> None:
         return
     at = stored(node.inputs[1]).astype(np.int64) % its.length(node.inputs[0], axis)
     left = at if (stays := its.kept(node.outputs[0], axis)) is None else at[stays]
-    its.constant(node, 1, np.searchsorted(kept, left), "indices")
+    its.listed(node, 1, np.searchsorted(kept, left), "indices")
 
 
 def pad(node: Any, its: Surgery) -> None:
@@ -272,20 +320,19 @@ def pad(node: Any, its: Surgery) -> None:
             if after > 0
             else -its.count(node.inputs[0], axis, length + after, length),
         )
-    its.constant(node, 1, [one for one, _ in new] + [other for _, other in new], "pads")
+    its.listed(node, 1, [one for one, _ in new] + [other for _, other in new], "pads", since=11)
     if len(given(node)) > 3:
         node.replace_input_with(3, None)
 
 
 def attention(node: Any, its: Surgery) -> None:
-    """Heads are counted where they are joined."""
-    kept = its.kept_of(f"{node.name}#heads")
+    """Heads are counted where they are joined. One that all share stays one."""
+    kept = its.kept_of(node, "heads")
     if kept is None:
         return
     for name in ("q_num_heads", "kv_num_heads", "num_heads"):
-        if name in node.attributes:
-            before = node.attributes.get_int(name)
-            its.attribute(node, name, before * len(kept) // its.length_of(f"{node.name}#heads"))
+        if (before := node.attributes.get_int(name, 1)) > 1:
+            its.attribute(node, name, before * len(kept) // its.length_of(node, "heads"))
 
 
 REWRITES: dict[str, Callable[[Any, Surgery], None]] = {
