@@ -71,6 +71,7 @@ def verdicts(kept: dict[str, Any], ran: dict[str, list[str]]) -> list[tuple[str,
 
 
 def parsed() -> argparse.Namespace:
+    """What was asked for."""
     known = list(dict.fromkeys(name for part in PARTS.values() for name in part.MODELS))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"among {', '.join(PARTS)}")

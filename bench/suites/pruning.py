@@ -42,6 +42,7 @@ def run_part(part: str, name: str, options: argparse.Namespace, folder: Path) ->
 
 
 def parsed() -> argparse.Namespace:
+    """What was asked for."""
     known = list(dict.fromkeys(name for part in PARTS.values() for name in part.MODELS))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"among {', '.join(PARTS)}")
