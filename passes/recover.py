@@ -15,23 +15,17 @@ Lossy: accuracy decides.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from perwatt.artifact import Artifact
 from perwatt.contract import Context, Pass, Stage, Tolerance
-from perwatt.data import Samples
-from perwatt.errors import PassError, PerwattError
+from perwatt.errors import PassError
+from perwatt.passes._learning import cache_of_learning, samples_to_learn, seconds_to_learn
 from perwatt.passes._quantized import quantized_already
 
 LOSSY = ("drop-blocks", "prune-channels", "prune-weights", "prune-n-of-m")
-LEAST_SAMPLES = 64
-HELD_OUT = 0.1
-"""Of the samples to learn from, where there are none to select by."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +68,15 @@ class Recover(Pass):
         if self.minutes <= 0 or self.steps < 0 or self.batch < 2:
             raise PassError("minutes must be more than 0, steps 0 or more and batch 2 or more", fix="minutes: 5")
         assert context.original is not None
-        learn, select, where = _samples(context)
-        seconds = self.minutes * 60
-        if context.deadline is not None:
-            seconds = min(seconds, context.deadline - time.monotonic())
-        if seconds <= 0:
-            raise PassError("there is no time left to learn")
+        learn, select, where = samples_to_learn(context)
+        seconds = seconds_to_learn(self.minutes, context)
         plan = Plan(
             seconds, self.steps or None, self.batch, self.learning_rate or None, self.temperature, self.labels, self.augment,
             self.norms, context.seed,
         )  # fmt: skip
-        made = distil(artifact, context.original, learn, select, plan, context.progress, _cache(), self.step([]))
+        made = distil(
+            artifact, context.original, learn, select, plan, context.progress, cache_of_learning(), self.step([])
+        )
         taken = f"{made.steps} steps in {made.seconds / 60:.1f} min on {len(learn)} samples {where}"
         if made.step == 0:
             return artifact, [f"nothing was gained in {taken}"]
@@ -95,34 +87,3 @@ class Recover(Pass):
             *made.notes,
         ]
         return artifact.after(made.artifact.edit(), self.step(changes)), changes
-
-
-def _samples(context: Context) -> tuple[Samples, Samples, str]:
-    """Those to learn from, those to select by, and where the first come from."""
-    found, where = _role(context, "learn"), "to learn from"
-    if found is None:
-        found, where = _role(context, "calibrate"), "to calibrate on, as there are none to learn from"
-    if found is None or len(found) < LEAST_SAMPLES:
-        count = 0 if found is None else len(found)
-        raise PassError(f"{count} samples to learn from are too few: at least {LEAST_SAMPLES}", fix="--train PATH")
-    select = _role(context, "select")
-    if select is None or not len(select):
-        parts = found.divide({"learn": 1 - HELD_OUT, "select": HELD_OUT}, context.seed)
-        return parts["learn"], parts["select"].without_labels(), where
-    return found, select.without_labels(), where
-
-
-def _role(context: Context, role: str) -> Samples | None:
-    try:
-        return context.samples(role)
-    except PerwattError:
-        return None
-
-
-def _cache() -> Path | None:
-    """Where state is kept while it learns; None where there is no home."""
-    base: Any = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "perwatt" / "learning"
-    except RuntimeError:
-        return None
