@@ -33,7 +33,7 @@ from perwatt.interpreter import Interpreter, Unsupported
 from perwatt.interpreter_weights import with_weights
 from perwatt.learning_codes import Codes, Learnable, learnable, with_codes
 
-USUAL_RATE = 0.1
+USUAL_RATE = 0.03
 GRID = 127
 """Steps to either side of zero that every tensor counts as having."""
 FARTHEST = 4.0

@@ -55,7 +55,7 @@ class TuneQuantization(Pass):
     minutes: float = 5.0
     steps: int = 0
     batch: int = 64
-    learning_rate: float = 0.1
+    learning_rate: float = 0.03
     temperature: float = 4.0
     labels: float = 0.1
     augment: Literal["auto", "none", "flip-shift"] = "auto"
@@ -81,7 +81,7 @@ class TuneQuantization(Pass):
             raise PassError("minutes must be more than 0, steps 0 or more and batch 2 or more", fix="minutes: 5")
         if self.learning_rate <= 0:
             raise PassError(
-                f"a learning rate of {self.learning_rate:g}: it must be more than 0", fix="learning_rate: 0.1"
+                f"a learning rate of {self.learning_rate:g}: it must be more than 0", fix="learning_rate: 0.03"
             )
         assert context.original is not None
         learn, select, where = samples_to_learn(context)

@@ -185,7 +185,7 @@ def quantized(kind=np.int8, per_channel=True, zero=True, twice=False, wrong=1.0,
 
 
 def learn(student, folder=None, said=None, samples=None, **plan):
-    plan = TuningPlan(**{"steps": 120, "batch": 50, **plan})
+    plan = TuningPlan(**{"steps": 120, "batch": 50, "learning_rate": 0.1, **plan})
     return tune(
         student, trained(), *(samples or given()), plan, (said if said is not None else []).append, folder, STEP
     )

@@ -63,7 +63,7 @@ def test_what_rounding_lost_is_learnt_back_in_the_same_graph(cache):
     before = conv_net()
     worse = coarse(before)
     digest = worse.digest()
-    made = TuneQuantization(steps=150, batch=32)
+    made = TuneQuantization(steps=150, batch=32, learning_rate=0.2)
     assert list(made.requires(worse, given(before))) == []
     after, changes = made.run(worse, given(before))
     assert far(before, after) < 0.7 * far(before, worse)
@@ -100,8 +100,8 @@ def test_it_takes_the_place_of_what_it_mends_and_comes_last():
 
     steps = [PassStep(name="quantize-int8"), PassStep(name="tune-quantization", settings={"steps": 20, "batch": 32})]
     branches = explore(Line(), before, steps)
-    assert [branch.applied() for branch in branches] == [[], ["quantize-int8", "tune-quantization"]] or not tuned
-    assert len(branches) == 2 and len(tuned) == 1
+    assert [branch.applied() for branch in branches] == [[], ["quantize-int8", "tune-quantization"]]
+    assert len(tuned) == 1 and tuned[0] is not branches[1].artifact
 
 
 def test_what_is_not_quantized_is_refused():
