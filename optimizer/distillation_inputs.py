@@ -1,4 +1,9 @@
-"""Samples to learn from: in batches of one shape, in another order each time, pictures shifted and mirrored."""
+"""Samples to learn from: in batches of one shape, in another order each time, pictures shifted, mirrored and mixed.
+
+Two pictures laid over one another show nothing that has a name, but the teacher answers them, and in answers to what it has
+never seen it tells more than in those to what it was trained on, which it knows by heart. Student and teacher see the very same
+mixture (Beyer et al., "Knowledge distillation: a good teacher is patient and consistent", 2022).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,11 @@ SMALLEST = 16
 AGREEMENT = 0.98
 """How often the teacher has to answer mirrored pictures as it does the others, for them to be mirrored."""
 LOOKED_AT = 256
+UNLABELLED = -100
+"""The label of an item that has none."""
 
-Augment = Callable[[Batch, np.random.Generator], Batch]
+Augment = Callable[[Batch, Any, np.random.Generator], tuple[Batch, Any]]
+"""Batch and labels (int64 [n], other targets, or None) to others."""
 
 
 class Drawn:
@@ -42,20 +50,30 @@ class Drawn:
             yield batch, labels
 
 
-def augmentation(wanted: str, teacher: Any, samples: Samples) -> tuple[Augment, list[str]]:
-    """What is done to a batch before it is learnt from, and words for it. `wanted`: `auto`, `none` or `flip-shift`."""
+def augmentation(wanted: str, mix: float, teacher: Any, samples: Samples) -> tuple[Augment, list[str]]:
+    """What is done to a batch before it is learnt from, and words for it. `wanted`: `auto`, `none` or `flip-shift`; `mix`: the
+    share of pictures that are mixed with others, which leaves them without a label."""
     pictures = [name for name in teacher.inputs if _is_picture(samples, name)]
     if wanted == "none" or not pictures:
-        return (lambda batch, generator: batch), []
+        return (lambda batch, labels, generator: (batch, labels)), []
     mirrored = wanted == "flip-shift" or _agrees(teacher, samples, pictures)
 
-    def augmented(batch: Batch, generator: np.random.Generator) -> Batch:
+    def augmented(batch: Batch, labels: Any, generator: np.random.Generator) -> tuple[Batch, Any]:
         count = rows(batch)
         flips = generator.random(count) < 0.5 if mirrored else np.zeros(count, bool)
         moves = generator.random((count, 2))
-        return {name: _moved(array, flips, moves) if name in pictures else array for name, array in batch.items()}
+        made = {name: _moved(array, flips, moves) if name in pictures else array for name, array in batch.items()}
+        if not mix or len(made) > len(pictures):
+            return made, labels
+        chosen, order = generator.random(count) < mix, generator.permutation(count)
+        share = (generator.random(count) * chosen).astype(np.float32)[:, None, None, None]
+        made = {name: (array + (array[order] - array) * share).astype(array.dtype) for name, array in made.items()}
+        if labels is None or labels.dtype != np.int64:
+            return made, None
+        return made, np.where(chosen, UNLABELLED, labels)
 
-    return augmented, ["pictures shifted and mirrored" if mirrored else "pictures shifted"]
+    words = ["shifted", *(["mirrored"] if mirrored else []), *(["mixed"] if mix else [])]
+    return augmented, [f"pictures {' and '.join([', '.join(words[:-1]), words[-1]][len(words) < 2 :])}"]
 
 
 def _is_picture(samples: Samples, name: str) -> bool:

@@ -54,7 +54,7 @@ def with_weights(artifact: Artifact, weights: Mapping[str, torch.Tensor], step: 
         if tuple(learnt.shape) != tuple(old.shape):
             raise InputError(f"weight {name} is {list(old.shape)} in the model and {list(learnt.shape)} as learnt")
         kind = from_numpy(old[:0] if old.ndim else old, torch.device("cpu")).dtype
-        new = to_numpy(learnt.to(kind))
+        new = to_numpy(learnt.to(kind).contiguous())
         if np.array_equal(new.view(np.uint8), np.ascontiguousarray(old).view(np.uint8)) if new.ndim else new == old:
             continue
         tensor = ir.Tensor(new, name=value.name)

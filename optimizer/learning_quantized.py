@@ -45,6 +45,7 @@ class TuningPlan(Plan):
     """`scales`: whether those of activations are learnt beside weights and biases. `learning_rate`: in 127ths of each
     tensor's range."""
 
+    hints: int = 0
     norms: bool = False
     scales: bool = True
 
@@ -88,7 +89,6 @@ class Tuning(_Work):
         self.began: dict[str, torch.Tensor] = {}
         super().__init__(self.graph.artifact, teacher, samples, select, plan)
         self.source = student
-        self.network = Interpreter(self.graph.artifact.model, straight_through=True)
         self.half = False
         self.targets = [self._run(self.teacher, batch) for batch in select.batches(plan.batch)]
         self.weights = {name: w for name, w in self.network.weights.items() if name in self._learnt(plan)}
@@ -141,6 +141,10 @@ class Tuning(_Work):
         return found
 
     # Parts ------------------------------------------------------------------------------------------------------------
+
+    def _module(self, model: Any) -> Any:
+        """As gradients go through it: straight through the rounding."""
+        return Interpreter(model, straight_through=True)
 
     def _learnt(self, plan: TuningPlan) -> set[str]:
         """Names of what is learnt: copies, biases and what else is in floating point, scales of activations."""

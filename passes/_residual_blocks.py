@@ -29,7 +29,7 @@ from perwatt.analysis_shapes import analyse, same
 from perwatt.artifact import Artifact, Step
 from perwatt.fusion import Builder, names_in, remove_unused
 from perwatt.fusion import replace as put_in
-from perwatt.patterns import Match, given, is_stored, made_by
+from perwatt.patterns import Match, dims, given, is_stored, made_by
 
 WORK = frozenset({
     "Attention", "AveragePool", "Conv", "ConvTranspose", "DFT", "DeformConv", "Einsum", "GRU", "Gemm", "If", "LSTM", "Loop",
@@ -149,7 +149,7 @@ class _Search:
         if resizing := sorted(kinds & RESIZING):
             return f"its branch changes the resolution ({', '.join(resizing)})"
         have, wanted = self.facts.shape(stays), self.facts.shape(node.outputs[0])
-        if not same(have, wanted):
+        if not same(have, wanted) and not _declared_alike(stays, node.outputs[0]):
             return f"its input and output have, or may have, different shapes: {_words(have)} and {_words(wanted)}"
         if inside is None:
             return "a value inside its branch is used elsewhere"
@@ -291,6 +291,13 @@ def _leads_elsewhere(node: Any, inside: Collection[Any], end: Any) -> bool:
     return any(value.is_graph_output() for value in node.outputs) or any(
         user is not end and user not in inside for user in uses
     )
+
+
+def _declared_alike(one: Any, other: Any) -> bool:
+    """Whether the model itself declares the same shape for both, every axis of it. What can't be worked out, such as how much of
+    a table of positions a Slice leaves, whoever exported the model knew; that it runs without a block is proved all the same."""
+    shapes = dims(one), dims(other)
+    return shapes[0] == shapes[1] is not None and None not in shapes[0]
 
 
 def _words(shape: Sequence[Any] | None) -> str:

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -239,7 +238,10 @@ def _evened(blocks: Sequence[Block], graph: Any, costs: dict[str, float]) -> dic
 
 
 def _left(left: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Additions that stay, by reason."""
-    for reason, times in Counter(reason for _, reason in left).most_common():
-        names = [name for name, why in left if why == reason][:NAMED]
-        yield f"{times} left: {reason} ({', '.join(names)}{', …' if times > NAMED else ''})"
+    """Additions that stay, by reason; shapes that the reason names are those of the first."""
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for name, reason in left:
+        alike.setdefault(reason.partition("[")[0], []).append((name, reason))
+    for several in sorted(alike.values(), key=len, reverse=True):
+        names = ", ".join(name for name, _ in several[:NAMED])
+        yield f"{len(several)} left: {several[0][1]} ({names}{', …' if len(several) > NAMED else ''})"

@@ -1,9 +1,10 @@
 """Learn back what pruning lost: the pruned network is taught by the model as it was.
 
 Its outputs are brought nearer to the original's, on the samples to learn from (`--train`; the calibration samples where there
-are none), without labels or with them. No source code is needed: the graph itself is what learns, in torch. Batch
-normalization that was folded away is put back for as long as it learns, pictures are shifted and mirrored where the original
-doesn't mind, and the weights with the least loss on held-out samples are kept; where nothing is gained, it stays as it was.
+are none), without labels or with them, and so are the values of the residual stream that are left of it. No source code is
+needed: the graph itself is what learns, in torch. Batch normalization that was folded away is put back for as long as it
+learns; pictures are shifted, mirrored where the original doesn't mind, and mixed with one another; the weights with the least
+loss on held-out samples are kept, and where nothing is gained, it stays as it was.
 
     Conv(256 → 192) → Relu → …      becomes      the same graph, with other weights
 
@@ -34,6 +35,8 @@ class Recover(Pass):
     `batch`: items in a step. `learning_rate`: the highest; 0: what suits the network.
     `temperature`: of the original's answers (search: 1 … 8). `labels`: how much labels count beside it, where there are any.
     `augment`: shift and mirror pictures: `auto` where the original answers mirrored ones alike.
+    `mix`: the share of pictures that are mixed with others (search: 0 … 1).
+    `hints`: how many values of the residual stream it learns besides the outputs (search: 0 … 12).
     `norms`: put batch normalization back while it learns."""
 
     stage: ClassVar[Stage] = Stage.PRUNE
@@ -48,6 +51,8 @@ class Recover(Pass):
     temperature: float = 4.0
     labels: float = 0.1
     augment: Literal["auto", "none", "flip-shift"] = "auto"
+    mix: float = 0.5
+    hints: int = 6
     norms: bool = True
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
@@ -67,12 +72,14 @@ class Recover(Pass):
 
         if self.minutes <= 0 or self.steps < 0 or self.batch < 2:
             raise PassError("minutes must be more than 0, steps 0 or more and batch 2 or more", fix="minutes: 5")
+        if not 0 <= self.mix <= 1 or self.hints < 0:
+            raise PassError("mix must be between 0 and 1 and hints 0 or more", fix="mix: 0.5, hints: 6")
         assert context.original is not None
         learn, select, where = samples_to_learn(context)
         seconds = seconds_to_learn(self.minutes, context)
         plan = Plan(
             seconds, self.steps or None, self.batch, self.learning_rate or None, self.temperature, self.labels, self.augment,
-            self.norms, context.seed,
+            self.mix, self.hints, self.norms, context.seed,
         )  # fmt: skip
         made = distil(
             artifact, context.original, learn, select, plan, context.progress, cache_of_learning(), self.step([])

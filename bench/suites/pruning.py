@@ -72,8 +72,10 @@ def main() -> None:
         for name in ran:
             print(f"{part}, {name}", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory() as scratch:
-                kept.setdefault(part, {})[name] = run_part(part, name, options, Path(scratch))
-            kept |= {"machine": fingerprint(), "load_average": os.getloadavg()[0]}
+                found = run_part(part, name, options, Path(scratch))
+            # Parts may have been run on different machines.
+            found |= {"machine": fingerprint(), "load_average": os.getloadavg()[0]}
+            kept.setdefault(part, {})[name] = found
             if not options.quick:
                 RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
         print(f"### {part}\n\n{PARTS[part].table(kept[part])}\n")

@@ -12,7 +12,7 @@ from perwatt import distillation  # noqa: E402
 from perwatt.artifact import Artifact, Step  # noqa: E402
 from perwatt.data import Samples  # noqa: E402
 from perwatt.distillation import Plan, distil  # noqa: E402
-from perwatt.distillation_inputs import Drawn, augmentation  # noqa: E402
+from perwatt.distillation_inputs import UNLABELLED, Drawn, augmentation  # noqa: E402
 from perwatt.distillation_norms import fold_norms, put_norms, reestimate, with_biases  # noqa: E402
 from perwatt.errors import BackendError  # noqa: E402
 from perwatt.interpreter import Interpreter  # noqa: E402
@@ -221,20 +221,53 @@ def directed(sensitive):
 def test_pictures_are_mirrored_where_the_teacher_does_not_mind(sensitive, words):
     artifact = directed(sensitive)
     samples = samples_of(artifact, 64)
-    augment, notes = augmentation("auto", Interpreter(artifact.model), samples)
+    augment, notes = augmentation("auto", 0.0, Interpreter(artifact.model), samples)
     assert notes == [words]
-    batch = samples.chunks[0]
-    made = augment(batch, np.random.default_rng(0))["x"]
+    batch, labels = samples.chunks[0], np.arange(64)
+    made, same = augment(batch, labels, np.random.default_rng(0))
+    made = made["x"]
+    assert same is labels
     assert made.shape == batch["x"].shape and not np.array_equal(made, batch["x"])
     # Whatever was moved is still made of the picture's own values.
     assert np.isin(made, batch["x"]).all()
-    plain, notes = augmentation("none", Interpreter(artifact.model), samples)
-    assert notes == [] and plain(batch, np.random.default_rng(0)) is batch
+    plain, notes = augmentation("none", 0.5, Interpreter(artifact.model), samples)
+    assert notes == [] and plain(batch, labels, np.random.default_rng(0)) == (batch, labels)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_mixed_pictures_lie_between_two_others_and_have_no_label(labelled):
+    artifact = directed(True)
+    augment, notes = augmentation("auto", 0.5, Interpreter(artifact.model), samples_of(artifact, 64))
+    assert notes == ["pictures shifted and mixed"]
+    # Every picture is one number, so that shifting changes nothing.
+    levels = np.arange(400, dtype=np.float32)
+    batch = {"x": np.broadcast_to(levels[:, None, None, None], (400, 3, 16, 16)).copy()}
+    labels = np.arange(400) if labelled else None
+    made, names = augment(batch, labels, np.random.default_rng(0))
+    flat = made["x"].reshape(400, -1)
+    assert made["x"].dtype == np.float32 and np.ptp(flat, axis=1).max() < 1e-3
+    mixed = np.abs(flat[:, 0] - levels) > 1e-3
+    assert 0.4 < mixed.mean() < 0.6 and flat.min() >= 0 and flat.max() <= 399
+    if labelled:
+        assert (names[~mixed] == levels[~mixed]).mean() > 0.98 and (names[mixed] == UNLABELLED).all()
+        assert set(names[names != levels]) == {UNLABELLED}
+    else:
+        assert names is None
+
+
+def test_labels_of_mixed_pictures_count_for_nothing():
+    scores = torch.randn(4, 3, requires_grad=True)
+    none = torch.full((4,), UNLABELLED)
+    assert distillation._cross_entropy(scores, none) == 0
+    some = torch.tensor([2, UNLABELLED, 0, UNLABELLED])
+    wanted = torch.nn.functional.cross_entropy(scores[[0, 2]], some[[0, 2]], reduction="sum") / 4
+    assert torch.isclose(distillation._cross_entropy(scores, some), wanted)
 
 
 def test_what_is_no_picture_is_left_as_it_is():
     artifact = mlp()
     samples = samples_of(artifact, 16)
-    augment, notes = augmentation("auto", Interpreter(artifact.model), samples)
-    assert notes == [] and augment(samples.chunks[0], np.random.default_rng(0)) is samples.chunks[0]
+    augment, notes = augmentation("auto", 0.5, Interpreter(artifact.model), samples)
+    made, _ = augment(samples.chunks[0], None, np.random.default_rng(0))
+    assert notes == [] and made is samples.chunks[0]
     assert Artifact(model=artifact.model).digest() == artifact.digest()
