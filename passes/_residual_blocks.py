@@ -296,8 +296,8 @@ def _leads_elsewhere(node: Any, inside: Collection[Any], end: Any) -> bool:
 def _declared_alike(one: Any, other: Any) -> bool:
     """Whether the model itself declares the same shape for both, every axis of it. What can't be worked out, such as how much of
     a table of positions a Slice leaves, whoever exported the model knew; that it runs without a block is proved all the same."""
-    shapes = dims(one), dims(other)
-    return shapes[0] == shapes[1] is not None and None not in shapes[0]
+    shape = dims(one)
+    return shape is not None and None not in shape and shape == dims(other)
 
 
 def _words(shape: Sequence[Any] | None) -> str:
