@@ -42,6 +42,8 @@ STEPS = (5, 11, 23, 47, 97, 193, 389, 769, 1543, 3079, 6151, 12289, 24593, 49157
 """Steps for values whose size shows only when they are there: primes, which hardly any axis is a multiple of."""
 PREFIX = "calibration/"
 """What names of the outputs begin with, so that they are none of the model's own."""
+MADE_UP = "warning: chosen on made-up samples, which say nothing of what matters in real ones (--data)"
+"""What lossy passes tell where there is no data."""
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,10 @@ def explore(pipeline: Pipeline, source: Artifact, steps: Sequence[PassStep | One
     graph that it started from, but for one that mends what others lost."""
     branches = [Branch(source)]
     for step in steps:
-        if isinstance(step, PassStep) and _replaces(registry.pass_class(step.name)):
-            branches = [_extended(pipeline, branch, step) for branch in branches]
+        if isinstance(step, PassStep) and _replaces(cls := registry.pass_class(step.name)):
+            # Where nothing was lost on any branch, the first says so.
+            mended = [branch for branch in branches if branch.lossy] or branches[:1] if cls.mends else branches
+            branches = [_extended(pipeline, branch, step) if branch in mended else branch for branch in branches]
             continue
         alternatives = step.steps if isinstance(step, OneOf) else [step]
         tried = [_extended(pipeline, branch, other) for branch in branches for other in alternatives]
@@ -100,10 +102,15 @@ def ledger(branches: Sequence[Branch], winner: Candidate, found: Sequence[Candid
     shipped = {id(row) for row in winner.branch.rows}
     # The winner's own order first; then what else was tried.
     for branch in [winner.branch, *branches]:
+        lossy: list[str] = []
         for row in branch.rows:
+            before = list(lossy)
+            if row.status == "applied" and registry.pass_class(row.name).tolerance is None:
+                lossy.append(row.name)
             if id(row) in told:
                 continue
             told.add(id(row))
+            row.behind = before
             about = [c for c in found if any(row is other for other in c.branch.rows)]
             if row.measured is None:
                 # A lossless pass answers for its own graph, not for what a lossy pass made of it.
@@ -121,10 +128,16 @@ def _credit(row: Row, about: Sequence[Candidate]) -> None:
         row.measured = None
         return
     gain = gain_of(best)
+    later = list(best.branch.rows)
+    later = later[[row is other for other in later].index(True) + 1 :]
+    together = [
+        one.name for one in later if one.status == "applied" and registry.pass_class(one.name).tolerance is None
+    ]
     row.measured = {
         "inferences_per_cpu_s_ratio": {"value": gain.value, "low": gain.low, "high": gain.high},
         "floating_precision": best.point.floating_precision,
         "accuracy_drop": best.drop.drop if best.drop else None,
+        **({"together_with": together} if together else {}),
     }
 
 

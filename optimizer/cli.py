@@ -191,12 +191,13 @@ def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
     path = Path(recipe.model.path)
     kind = "bundle" if is_bundle(path) else detect(path)
     resolved = recipe.model_copy(update={"passes": steps})
+    notes = registry.out_of_order(steps)
     if shown["as_json"]:
-        click.echo(
-            json.dumps({"model_format": kind, "out": str(out), "recipe": resolved.model_dump(mode="json")}, indent=2)
-        )
+        told = {"model_format": kind, "out": str(out), "notes": notes, "recipe": resolved.model_dump(mode="json")}
+        click.echo(json.dumps(told, indent=2))
     elif not shown["quiet"]:
-        click.echo(f"# {path}: {kind}; the bundle would be {out}\n{recipes.dump(resolved)}", nl=False)
+        said = "".join(f"# {note}\n" for note in notes)
+        click.echo(f"# {path}: {kind}; the bundle would be {out}\n{said}{recipes.dump(resolved)}", nl=False)
 
 
 @cli.command()
@@ -328,8 +329,10 @@ def main() -> None:
         raise
     except click.exceptions.Exit as stop:
         raise SystemExit(stop.exit_code) from None
-    except (click.Abort, KeyboardInterrupt):
-        _fail("stopped; nothing was written", 130, as_json)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        # click hides what was raised behind an Abort of its own.
+        said = str(stop.__cause__ or stop)
+        _fail(f"stopped; nothing was written{f', {said}' if said else ''}", 130, as_json)
     except click.ClickException as error:
         _fail(error.format_message(), 2, as_json)
     except Exception as error:

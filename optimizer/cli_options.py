@@ -59,8 +59,11 @@ SAMPLES: list[Decorator] = [
     click.option("--metric", help="top1, top5, mse, cosine, agreement, or file.py:callable.  [default: by the labels]"),
     click.option("--max-samples", type=int, help="Use at most this many samples of each set."),
 ]
-TRAINING: list[Decorator] = [
+TRAIN: list[Decorator] = [
     click.option("--train", metavar="PATH", help="Samples that passes may learn from."),
+]
+TRAINING: list[Decorator] = [
+    *TRAIN,
     click.option("--expect", type=float, metavar="PERCENT", help="Stop unless the original scores this."),
 ]
 BUDGET: list[Decorator] = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from perwatt.cli_options import CONFIG, MODEL, SAMPLES, Decorator, complete_pass, complete_target, with_options
+from perwatt.cli_options import CONFIG, MODEL, SAMPLES, TRAIN, Decorator, complete_pass, complete_target, with_options
 
 FORM: list[Decorator] = [
     click.option(
@@ -40,7 +40,7 @@ OUTPUT: list[Decorator] = [
 
 @click.command()
 @click.argument("model", required=False, type=click.Path())
-@with_options(FORM, CONFIG, PASSES, SAMPLES, MODEL, OUTPUT)
+@with_options(FORM, CONFIG, PASSES, SAMPLES, TRAIN, MODEL, OUTPUT)
 def rewrite(model: str | None, **flags: Any) -> None:
     """Run passes, prove each on samples, and write the ONNX file that they lead to: nothing is lowered or measured.
 

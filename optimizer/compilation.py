@@ -39,6 +39,8 @@ from perwatt.study import Result, Study
 from perwatt.tuning import TunePlan
 
 PASSES_SHARE, SCREENING_SHARE, TUNING_SHARE = 0.5, 0.7, 0.15
+SHARES_TO_LEARN = (0.65, 0.8)
+"""Instead of the first two where a pass learns, which is worth more of the time than tuning is."""
 """Of the time budget: when no further pass is begun, when no further candidate is screened, what one search for an
 operating point may take."""
 PROFILE_S = 1.0
@@ -174,7 +176,7 @@ def _portable(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared,
               progress: Progress, started: float) -> tuple[Recipe, Prepared, list[Branch], Pipeline, Path, Worker]:  # fmt: skip
     """The graphs for a backend that is not here, each verified by the reference."""
     assert prepared.absent is not None
-    deadline = _deadline(recipe, started, PASSES_SHARE)
+    deadline = _deadline(recipe, started, _shares(steps)[0])
     pipeline = open_pipeline(recipe, prepared, folder, checks, _pass_progress(progress, steps), deadline)
     pipeline = pipeline.for_target(prepared.absent.capabilities)
     progress("running the passes", 0.3)
@@ -188,7 +190,7 @@ def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, f
     """From the model as read to the answer: passes, candidates, measurements. The sides of the answer stay open until
     `cleanup`."""
     setup = Setup(folder, prepared.saved["timing"], conductor, place.worker)
-    deadline = _deadline(recipe, started, PASSES_SHARE)
+    deadline = _deadline(recipe, started, _shares(steps)[0])
     pipeline = open_pipeline(recipe, prepared, folder, checks, _pass_progress(progress, steps), deadline)
     first = first_row(
         prepared.reading,
@@ -218,7 +220,7 @@ def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, f
         plan=tune_plan(recipe, prepared.source, place),
         eager=prepared.eager,
         effort=_effort(recipe, started),
-        deadline=_deadline(recipe, started, SCREENING_SHARE),
+        deadline=_deadline(recipe, started, _shares(steps)[1]),
         progress=lambda share, text: progress(text, 0.3 + 0.65 * share),
     )
     result = study.run()
@@ -259,6 +261,12 @@ def _deadline(recipe: Recipe, started: float, share: float) -> float | None:
     if recipe.budget.time is None:
         return None
     return time.monotonic() + share * recipe.budget.time - (time.perf_counter() - started)
+
+
+def _shares(steps: Sequence[PassStep | OneOf]) -> tuple[float, float]:
+    """Of the time budget, when no further pass is begun, and no further candidate screened."""
+    learns = any(registry.pass_class(name).mends for name in registry.names_in(steps))
+    return SHARES_TO_LEARN if learns else (PASSES_SHARE, SCREENING_SHARE)
 
 
 def _effort(recipe: Recipe, started: float) -> Effort:
@@ -312,5 +320,12 @@ def profile_graph(recipe: Recipe, backend: Backend, artifact: Artifact, setup: S
 def _pass_progress(progress: Progress, steps: Sequence[PassStep | OneOf]) -> Callable[[str], None]:
     """Progress from 30 % to 45 % of the run, an equal share for each pass."""
     count = sum(len(step.steps) if isinstance(step, OneOf) else 1 for step in steps)
-    done = iter(range(1, 1 << 30))
-    return lambda text: progress(text, 0.3 + 0.15 * min(1.0, next(done) / (count + 1)))
+    begun = 0
+
+    def told(text: str) -> None:
+        nonlocal begun
+        # What a pass tells of itself begins with its name and a colon.
+        begun += ": " not in text
+        progress(text, 0.3 + 0.15 * min(1.0, begun / (count + 1)))
+
+    return told

@@ -131,7 +131,7 @@ class Context:
     and returns what an inference costs with each (CPU seconds, or seconds on a GPU); `profile(artifact)` returns what each
     operation costs there, nothing where the backend doesn't tell; `judge(artifact)` lowers it and tells what it loses, None
     without anything to judge by. `original` is the model as it was read, which lossy passes may learn from.
-    `deadline` is in `time.monotonic()` seconds.
+    `deadline` is in `time.monotonic()` seconds. `made_up`: samples are synthetic, and say nothing of what matters in real data.
     """
 
     samples: Callable[[str], Samples]
@@ -145,6 +145,7 @@ class Context:
     profile: Callable[[Artifact], list[NodeCost]]
     judge: Callable[[Artifact], Loss | None]
     original: Artifact | None = None
+    made_up: bool = False
 
 
 class Pass(ABC):
@@ -170,6 +171,9 @@ class Pass(ABC):
     measures: ClassVar[bool] = False
     mends: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+
+    def check_settings(self) -> None:  # noqa: B027
+        """Raises PassError for settings that no model could do with; called before anything is read."""
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         """Reasons why this pass can't run on this model; silence means it can."""

@@ -24,7 +24,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from perwatt.errors import BackendError
 from perwatt.interpreter import Interpreter, Unsupported
 
 CHECKPOINT_S = 30.0
+KEPT = "but what was learnt is kept: the same command goes on with it"
 JUDGED = 16
 """How often the student is judged while it learns."""
 WARM = 0.1
@@ -73,11 +74,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Learnt:
-    """`before` and `after`: loss on the samples to select by; `step`: the one whose weights were kept, 0 for none."""
+    """`before` and `after`: loss on the samples to select by; `agreement`: the share of them that the student answered as the
+    teacher does, before and after, None where answers are no scores; `step`: the one whose weights were kept, 0 for none."""
 
     artifact: Artifact
     before: float
     after: float
+    agreement: tuple[float, float] | None
     steps: int
     step: int
     seconds: float
@@ -94,19 +97,7 @@ def distil(
         work = _Work(student, teacher, samples, select, plan)
     except Unsupported as error:
         raise BackendError(f"learning runs in torch, and {error}") from error
-    state = None if folder is None else folder / f"{work.digest()}.pt"
-    work.resume(state)
-    while not work.over():
-        work.learn()
-        if work.due():
-            work.judge()
-            progress(work.words())
-        work.keep(state)
-    work.judge()
-    made = work.finished(step or Step("distil"))
-    if state is not None:
-        state.unlink(missing_ok=True)
-    return made
+    return work.done_with(folder, step or Step("distil"), lambda words: progress(f"recover: {words}"))
 
 
 class _Work:
@@ -143,13 +134,42 @@ class _Work:
         self.norms = [] if self.transformer or not plan.norms else put_norms(self.network, self._some())
         self.optimizer = self._optimizer()
         self.targets = [self._run(self.teacher, batch) for batch in select.batches(plan.batch)]
-        self.done, self.spent, self.since = 0, 0.0, time.monotonic()
+        self.done, self.spent = 0, 0.0
         self.stream = self._stream()
-        self.first = self.best = self.loss_on_select()
         self.best_step, self.kept = 0, self._state()
         self.last_kept, self.loss = time.monotonic(), math.nan
+        self._first_judged()
+
+    def _first_judged(self) -> None:
+        self.first, self.agreed = self.on_select()
+        self.best, self.agrees = self.first, self.agreed
 
     # Learning ---------------------------------------------------------------------------------------------------------
+
+    def done_with(self, folder: Path | None, step: Step, progress: Callable[[str], None]) -> Learnt:
+        """Learn until time or steps are used up. What is learnt is kept in `folder` where that is cut short, and gone on
+        with."""
+        path = None if folder is None else folder / f"{self.digest()}.pt"
+        self.resume(path)
+        try:
+            while not self.over():
+                self.learn()
+                if self.due():
+                    self.judge()
+                    progress(self.words())
+                if time.monotonic() - self.last_kept > CHECKPOINT_S:
+                    self.keep(path)
+        except KeyboardInterrupt:
+            self.keep(path)
+            raise KeyboardInterrupt(f"{KEPT} ({self.done} steps)" if path is not None else "") from None
+        except SystemExit:
+            self.keep(path)
+            raise
+        self.judge()
+        made = self.finished(step)
+        if path is not None:
+            path.unlink(missing_ok=True)
+        return made
 
     def learn(self) -> None:
         """One step."""
@@ -177,21 +197,26 @@ class _Work:
         start = time.monotonic()
         if self.norms and self.over():
             reestimate(self.network, self.norms, self._clean())
-        loss = self.loss_on_select()
+        loss, agrees = self.on_select()
         if loss < self.best:
-            self.best, self.best_step, self.kept = loss, self.done, self._state()
+            self.best, self.agrees, self.best_step, self.kept = loss, agrees, self.done, self._state()
         self.spent += time.monotonic() - start
 
-    def loss_on_select(self) -> float:
-        """Against the teacher, without labels."""
+    def on_select(self) -> tuple[float, float | None]:
+        """Loss against the teacher, without labels, and the share of items that both answer alike; None where the first answer
+        is no row of scores for each."""
         self.network.eval()
-        total = count = 0.0
+        total = count = same = 0.0
+        scores = True
         with torch.no_grad():
             for batch, wanted in zip(self.select.batches(self.plan.batch), self.targets, strict=True):
+                found = self._run(self.network, batch)
                 items = len(next(iter(batch.values())))
-                total += float(self._distance(self._run(self.network, batch), wanted, None)) * items
+                total += float(self._distance(found, wanted, None)) * items
                 count += items
-        return total / count
+                scores = scores and wanted[0].ndim == 2 and wanted[0].shape[1] > 1
+                same += float((found[0].argmax(1) == wanted[0].argmax(1)).sum()) if scores else 0.0
+        return total / count, same / count if scores else None
 
     def over(self) -> bool:
         """Whether time or steps are used up."""
@@ -216,8 +241,8 @@ class _Work:
         left = self.spent / max(self.share(), 1e-9) - self.spent
         self.judged = self.share()
         return (
-            f"recover: step {self.done}, loss {self.loss:.3f}, held out {self.best:.3f} (at first {self.first:.3f}), "
-            f"{int(left) // 60}:{int(left) % 60:02d} left"
+            f"{int(left) // 60}:{int(left) % 60:02d} left, step {self.done}, loss {self.loss:.3f}, "
+            f"held out {self.best:.3f} (at first {self.first:.3f})"
         )
 
     def finished(self, step: Step) -> Learnt:
@@ -228,11 +253,16 @@ class _Work:
             *([f"{len(self.hints)} values of the residual stream learnt besides"] if self.hints else []),
             *([f"{len(self.norms)} normalizations put back to learn"] if self.norms else []),
         )
-        told = (self.first, self.best, self.done, self.best_step, self.spent, notes)
+        told = (*self.figures(), notes)
         if self.best_step == 0:
             return Learnt(self.source, *told)
         fold_norms(self.network, self.norms)
         return Learnt(self.network.write_back(self.student, step), *told)
+
+    def figures(self) -> tuple[float, float, tuple[float, float] | None, int, int, float]:
+        """What `Learnt` tells of how it went."""
+        agreement = None if self.agreed is None or self.agrees is None else (self.agreed, self.agrees)
+        return self.first, self.best, agreement, self.done, self.best_step, self.spent
 
     judged = 0.0
 
@@ -328,14 +358,9 @@ class _Work:
     # State ------------------------------------------------------------------------------------------------------------
 
     def digest(self) -> str:
-        """Of all that decides what is learnt."""
-        parts = [
-            self.source.digest(),
-            self.teacher_digest(),
-            self.samples.digest(),
-            self.select.digest(),
-            asdict(self.plan),
-        ]
+        """Of all that decides what is learnt; the time that there is for it is another each time."""
+        plan = asdict(replace(self.plan, seconds=0.0))
+        parts = [self.source.digest(), self.teacher_digest(), self.samples.digest(), self.select.digest(), plan]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def teacher_digest(self) -> str:
@@ -352,13 +377,14 @@ class _Work:
         self.network.load_state_dict(state)
 
     def keep(self, path: Path | None) -> None:
-        """Write the state down, now and then: aside, and renamed."""
-        if path is None or time.monotonic() - self.last_kept < CHECKPOINT_S:
+        """Write the state down: aside, and renamed."""
+        if path is None or not self.done:
             return
         self.last_kept = time.monotonic()
         held = {
             "network": self._state(), "optimizer": self.optimizer.state_dict(), "kept": self.kept, "done": self.done,
             "spent": self.spent, "first": self.first, "best": self.best, "best_step": self.best_step, "judged": self.judged,
+            "agreed": self.agreed, "agrees": self.agrees,
             "torch": torch.get_rng_state(), "numpy": json.dumps(self.generator.bit_generator.state),
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -381,7 +407,8 @@ class _Work:
             return
         self.kept, self.done, self.spent = held["kept"], held["done"], held["spent"]
         self.first, self.best, self.best_step = held["first"], held["best"], held["best_step"]
-        self.judged = held["judged"]
+        self.judged, self.agreed, self.agrees = held["judged"], held["agreed"], held["agrees"]
+        self.notes.append(f"went on at step {self.done}, where it had been stopped")
         torch.set_rng_state(held["torch"])
         self.generator.bit_generator.state = json.loads(held["numpy"])
 

@@ -61,19 +61,7 @@ def tune(
         work = Tuning(student, teacher, samples, select, plan)
     except Unsupported as error:
         raise BackendError(f"learning runs in torch, and {error}") from error
-    state = None if folder is None else folder / f"{work.digest()}.pt"
-    work.resume(state)
-    while not work.over():
-        work.learn()
-        if work.due():
-            work.judge()
-            progress(work.words().replace("recover", "tune-quantization", 1))
-        work.keep(state)
-    work.judge()
-    made = work.finished(step or Step("tune"))
-    if state is not None:
-        state.unlink(missing_ok=True)
-    return made
+    return work.done_with(folder, step or Step("tune"), lambda words: progress(f"tune-quantization: {words}"))
 
 
 class Tuning(_Work):
@@ -100,7 +88,7 @@ class Tuning(_Work):
         self.began = {name: w.detach().clone() for name, w in self.weights.items() if name in self.graph.activations}
         self.optimizer = self._optimizer()
         self.kept = self._state()
-        self.first = self.best = self.loss_on_select()
+        self._first_judged()
 
     def learn(self) -> None:
         """One step; copies stay where there are codes, scales near where they began."""
@@ -118,7 +106,7 @@ class Tuning(_Work):
         """The student with the best codes, scales and biases."""
         self._load(self.kept)
         notes = (*self.notes, *self._notes())
-        told = (self.first, self.best, self.done, self.best_step, self.spent, notes)
+        told = (*self.figures(), notes)
         if self.best_step == 0:
             return Learnt(self.source, *told)
         weights = self.network.weights
@@ -132,13 +120,6 @@ class Tuning(_Work):
             codes = {one.name: one.rounded(weights[one.copy], weights[one.scale]) for one in self.graph.codes}
         made = with_codes(with_weights(self.source, plain, step), codes, step)
         return Learnt(self.source.after(made.edit(), step), *told)
-
-    def digest(self) -> str:
-        """Of all that decides what is learnt; the time that is left for it does not."""
-        self.plan, plan = replace(self.plan, seconds=0.0), self.plan
-        found = super().digest()
-        self.plan = plan
-        return found
 
     # Parts ------------------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ def build_recipe(config: str | Path | None = None, *, base: dict[str, Any] | Non
     elif "eval" in given and data.get("all"):
         # What the recipe gave for everything is left with calibration.
         data["calibrate"] = data.pop("all")
-    if not isinstance(plain.get("model"), dict) or "path" not in plain["model"]:
+    if "path" not in _section(plain, "model"):
         raise InputError("no model was given", fix="optimize MODEL …, or model: {path: …} in the recipe")
     recipe = recipes.parse(plain, str(config) if config is not None else "recipe")
     return recipe if edits is None else _with_passes(recipe, edits)

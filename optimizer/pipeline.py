@@ -43,6 +43,8 @@ class Row:
     size_bytes: tuple[int, int] | None = None
     operators: tuple[dict[str, int], dict[str, int]] | None = None
     measured: dict[str, Any] | None = None
+    behind: list[str] = field(default_factory=list)
+    """Lossy passes that had changed the model it was given."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the report."""

@@ -77,6 +77,7 @@ def open_pipeline(
             raise PerwattError(f"there are no samples for {role!r} that a pass may see")
         return samples[role]
 
+    data = opened.roles
     context = Context(
         samples=roles,
         capabilities=Capabilities(),
@@ -88,6 +89,7 @@ def open_pipeline(
         measure=_not_here,
         profile=_not_here,
         judge=_not_here,
+        made_up=data.calibrate is None and data.select is None and data.confirm is None and data.learn is None,
     )
     proof = Proof(
         check=lambda artifact: checks.call("check", model=str(artifact.file(folder)))["problems"],

@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_type_hints
 
 from perwatt.contract import Pass, Stage, Target
-from perwatt.errors import InputError, PerwattError, nearest
+from perwatt.errors import InputError, PassError, PerwattError, nearest
 from perwatt.recipe import OneOf, PassStep, Recipe
 
 Kind = Literal["passes", "targets"]
@@ -161,7 +161,12 @@ def bind(step: PassStep) -> Pass:
         if not known:
             raise InputError(f"{step.name} has no settings, {key!r} was given") from None
         raise InputError(nearest(key, known, f"setting of {step.name}")) from None
-    return cls(**{name: getattr(checked, name) for name in step.settings})
+    made = cls(**{name: getattr(checked, name) for name in step.settings})
+    try:
+        made.check_settings()
+    except PassError as error:
+        raise InputError(f"{step.name}: {error.message}", fix=error.fix) from None
+    return made
 
 
 def default_steps(budget_and_training: bool = False) -> list[PassStep | OneOf]:
@@ -219,6 +224,9 @@ def out_of_order(steps: Sequence[PassStep | OneOf]) -> list[str]:
     said = []
     for position, name in enumerate(listed):
         cls = pass_class(name)
+        if cls.mends and not {*cls.after} & {*listed[:position]}:
+            said.append(f"{name} has nothing to mend: it comes behind {' or '.join(cls.after)}")
+            continue
         later = [other for other in dict.fromkeys(listed[position + 1 :]) if other not in listed[:position]]
         late = [other for other in later if _prepares(pass_class(other), cls)]
         if late and name not in listed[:position]:
@@ -299,6 +307,9 @@ def _with(steps: Sequence[PassStep | OneOf], name: str, cls: type[Pass]) -> list
     order = names_in(default_steps(True))
     for position, step in enumerate(result):
         if isinstance(step, OneOf) and cls.stage is Stage.PRECISION:
+            if cls.mends:
+                # What mends is no alternative to what it mends.
+                return [*result[: position + 1], PassStep(name=name), *result[position + 1 :]]
             behind = set(order[order.index(name) + 1 :]) if name in order else set()
             place = next((i for i, one in enumerate(step.steps) if one.name in behind), len(step.steps))
             result[position] = OneOf(steps=[*step.steps[:place], *_variants(name), *step.steps[place:]])

@@ -131,8 +131,10 @@ class PassReport(_Part):
     operators: dict[str, dict[str, int]] | None = Field(description="Operator counts before and after.")
     measured: dict[str, Any] | None = Field(
         description="Of a lossy pass, while screening: inferences_per_cpu_s_ratio {value, low, high} to the original, "
-        "floating_precision, accuracy_drop (in the unit of accuracy.drop)."
+        "floating_precision, accuracy_drop (in the unit of accuracy.drop), together_with (lossy passes behind it that "
+        "have a share in these figures)."
     )
+    behind: list[str] = Field([], description="Lossy passes that had changed the model it was given.")
 
 
 class Report(_Part):

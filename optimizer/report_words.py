@@ -137,6 +137,11 @@ def accuracy_moved(drop: float, unit: str = "") -> str:
 
 def pass_words(row: PassReport, every_change: bool = False, unit: str = "") -> str:
     """What a pass did and what it brought, or why it did not; `unit` is that of a drop in accuracy."""
+    where = f"behind {', '.join(map(plain, row.behind))}: " if row.behind else ""
+    return where + _pass_words(row, every_change, unit)
+
+
+def _pass_words(row: PassReport, every_change: bool, unit: str) -> str:
     reason = plain(row.reason) if row.reason else ""
     if row.status not in ("applied", "unchanged"):
         why = f"{STATUS_WORDS.get(row.status, row.status)}: {reason or 'no reason recorded'}{_brought(row, unit)}"

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,15 @@ def rewrite_model(
         capabilities = _capabilities(recipe, checks)
         opened = open_model(recipe, folder, checks, progress, cleanup)
         eager = open_eager(opened, recipe, folder, Place(), cleanup)
-        begun = count()
+        begun = 0
 
-        def begins(name: str) -> None:
-            progress(f"running {name}", 0.3 + 0.65 * min(1.0, next(begun) / max(1, len(steps))))
+        def told(text: str) -> None:
+            nonlocal begun
+            # What a pass tells of itself begins with its name and a colon.
+            begun += ": " not in text
+            progress(f"running {text}", 0.3 + 0.65 * min(1.0, (begun - 1) / max(1, len(steps))))
 
-        pipeline = open_pipeline(recipe, opened, folder, checks, begins)
+        pipeline = open_pipeline(recipe, opened, folder, checks, told)
         row = first_row(
             opened.reading,
             pipeline.outputs(opened.source),

@@ -276,4 +276,6 @@ def _why_unchanged(considered: Sequence[Candidate]) -> str:
     elif best is not None and best.reason:
         reason = f"the best other answer ({best.name}) is not shipped: {best.reason}"
     late = sum(c.reason.startswith("not tried") for c in considered)
-    return f"{reason}; {late} other answers were not tried: out of time" if late else reason
+    if late and best is None:
+        return f"no other answer was tried, of {late}: out of time (--time)"
+    return f"{reason}; not tried, out of time (--time): {late} of the other answers" if late else reason

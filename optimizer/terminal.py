@@ -199,9 +199,7 @@ def _ledger(passes: list[PassReport], unit: str, verbose: bool) -> Table:
 def _tell_broken(out: Output, passes: list[PassReport]) -> None:
     broken = [row.name for row in passes if row.status == "rolled-back"]
     if broken:
-        out.line(
-            f"rolled back, because they broke their promise on this model: {plain(', '.join(broken))}", "bold yellow"
-        )
+        out.line(f"rolled back, so that the model stayed as it was before: {plain(', '.join(broken))}", "bold yellow")
 
 
 def _pass_details(row: PassReport) -> str:

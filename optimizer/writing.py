@@ -6,6 +6,7 @@ import datetime
 import math
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from perwatt import registry
 from perwatt.bundle import LOCK, Bundle, copy_assets, copy_model, digest_of, program_json, write_json, writing
 from perwatt.candidates import cost_in, cost_of, gain_of
 from perwatt.compilation import Run, model_name
+from perwatt.contract import Stage
 from perwatt.datasets_fit import parse_normalization
 from perwatt.finals import AT_POINT
 from perwatt.measurement import Ratio
@@ -323,14 +325,31 @@ def _last_word(run: Run) -> str | None:
     if not faster:
         return None
     best = min(faster, key=cost_of)
+    if cost_of(best) >= cost_of(run.result.winner):
+        return None
     gain = gain_of(best).value
     name = best.branch.applied()[-1]
     if run.prepared.evaluation is None:
         return f"{name} would be {gain:.1f}× (speed measured, accuracy unknown): give about 100 samples with --data"
     if best.drop is not None and best.drop.drop > run.prepared.max_drop:
         unit = " points" if run.prepared.evaluation.metric.unit == "fraction" else ""
-        return f"{name} would be {gain:.1f}× at {best.drop.drop:.2f}{unit} lost: --max-drop {best.drop.drop:.2f} would allow it"
+        needed = math.ceil(best.drop.drop * 100) / 100
+        allowed = f"{name} would be {gain:.1f}× at {needed:.2f}{unit} lost: --max-drop {needed:.2f} would allow it"
+        return f"{allowed}{_learning_words(best.branch.applied())}"
     return None
+
+
+def _learning_words(applied: Sequence[str]) -> str:
+    """How what pruning lost may come back."""
+    classes = [registry.pass_class(name) for name in applied]
+    if not any(cls.stage is Stage.PRUNE and cls.tolerance is None and not cls.mends for cls in classes):
+        return ""
+    learnt = any(cls.mends for cls in classes)
+    return (
+        ", more minutes to recover may bring it back"
+        if learnt
+        else ", --passes +recover --train PATH may bring it back"
+    )
 
 
 def lock(run: Run, folder: Path) -> dict[str, Any]:

@@ -47,12 +47,13 @@ class Plan:
 
 def unrewarded(capabilities: Capabilities, wanted: str) -> str | None:
     """Why zeros of this pattern wouldn't pay on a backend; None where they do."""
+    would = f"{wanted} sparsity would not pay (anyway: true does it all the same)"
     patterns = capabilities.sparse_patterns if capabilities.sparse_types else ()
     if wanted in patterns:
         return None
     if patterns:
-        return f"this backend gains from {', '.join(patterns)} zeros alone: {wanted} sparsity would not pay"
-    return f"this backend runs zeros as fast as anything else: {wanted} sparsity would not pay"
+        return f"this backend gains from {', '.join(patterns)} zeros alone: {would}"
+    return f"this backend runs zeros as fast as anything else: {would}"
 
 
 # Pruning --------------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class DropBlocks(Pass):
             yield reason
 
     def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
-        self._checked()
+        self.check_settings()
         named = with_names(artifact, self.step([]))
         excluded = set(matching(self.exclude, named.model.graph))
         found = residual_blocks(named)
@@ -96,6 +96,8 @@ class DropBlocks(Pass):
             return artifact, [f"{how}; {len(blocks)} blocks stay", *notes]
         gone = [block for block in blocks if block in chosen]
         moved = next(movement.of([{block.name for block in gone}]))
+        if context.made_up:
+            notes.insert(0, calibration.MADE_UP)
         changes = [
             f"{len(gone)} of {len(blocks)} residual blocks dropped, {plan.share(chosen):.0%} of what they cost, {how}",
             f"dropped: {', '.join(block.name for block in gone)}",
@@ -104,7 +106,7 @@ class DropBlocks(Pass):
         ]
         return artifact.after(without(named, gone, self.step([])).edit(), self.step(changes)), changes
 
-    def _checked(self) -> None:
+    def check_settings(self) -> None:
         if self.blocks is not None and self.blocks < 1:
             raise PassError(f"{self.blocks} blocks: it must be 1 or more", fix="blocks: 1")
         if not 0 < self.ratio <= 1:

@@ -83,9 +83,14 @@ class PruneChannels(Pass):
         if reason := quantized_already(artifact):
             yield reason
 
-    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+    def check_settings(self) -> None:
         if not 0 < self.ratio < 1:
             raise PassError(f"a ratio of {self.ratio:g}: it must lie between 0 and 1", fix="ratio: 0.3")
+        if self.multiple != "auto" and self.multiple < 1:
+            raise PassError(f"a multiple of {self.multiple}: it must be 1 or more", fix="multiple: 8")
+
+    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+        self.check_settings()
         named = with_names(artifact, self.step([]))
         excluded = set(matching(self.exclude, named.model.graph))
         coupling = couple(named)
@@ -94,7 +99,8 @@ class PruneChannels(Pass):
         wide = [group for group in groups if len(sizes(group, multiple)) > 1]
         left = Counter(one.reason for one in coupling.left)
         left["excluded"] = len(coupling.groups) - len(groups)
-        left[f"too narrow to be cut to a multiple of {multiple} channels"] = len(groups) - len(wide)
+        finer = " (multiple: 8 cuts finer)" if multiple > 8 else ""
+        left[f"too narrow to be cut to a multiple of {multiple} channels{finer}"] = len(groups) - len(wide)
         notes = [f"{times} left: {reason}" for reason, times in left.most_common() if times]
         if not wide:
             return artifact, ["no channels can be taken out so that it pays", *notes]
@@ -114,6 +120,8 @@ class PruneChannels(Pass):
         faster = _faster(before, after, context)
         if faster is not None and faster > FASTER:
             return artifact, [f"not cut: measured {faster:.2f} × the cost of the model as it is", *notes]
+        if context.made_up:
+            notes.insert(0, calibration.MADE_UP)
         changes = [*_words(units, how), *([f"measured {faster:.2f} × the cost"] if faster is not None else []), *notes]
         return artifact.after(after.edit(), self.step(changes)), changes
 
@@ -125,8 +133,6 @@ class PruneChannels(Pass):
 
     def _multiple(self, context: Context) -> int:
         if self.multiple != "auto":
-            if self.multiple < 1:
-                raise PassError(f"a multiple of {self.multiple}: it must be 1 or more")
             return self.multiple
         # Precision comes behind: sizes have to suit the narrowest type that the model may get.
         known = context.capabilities.channel_multiples

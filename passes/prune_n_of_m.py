@@ -65,10 +65,13 @@ class PruneNOfM(Pass):
         elif not has_products(artifact.model.graph):
             yield "no product with stored weights"
 
-    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+    def check_settings(self) -> None:
         if not 1 <= self.n < self.m <= LARGEST_M:
             raise PassError(
                 f"{self.n} of every {self.m}: n must be at least 1 and below m, m at most {LARGEST_M}", fix="n: 2, m: 4"
             )
+
+    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+        self.check_settings()
         plan = sparsity.Plan(self.algorithm, Pattern(n=self.n, m=self.m), damping=self.damping)
         return sparsity.run(self, artifact, plan, self.exclude, self.subset_size, context)

@@ -68,8 +68,11 @@ class PruneWeights(Pass):
         elif not has_products(artifact.model.graph):
             yield "no product with stored weights"
 
-    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+    def check_settings(self) -> None:
         if not 0 < self.ratio < 1:
             raise PassError(f"a ratio of {self.ratio:g}: it must lie between 0 and 1", fix="ratio: 0.5")
+
+    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+        self.check_settings()
         plan = sparsity.Plan(self.algorithm, Pattern(ratio=self.ratio), self.per, self.damping)
         return sparsity.run(self, artifact, plan, self.exclude, self.subset_size, context)

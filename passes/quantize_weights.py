@@ -90,9 +90,12 @@ class QuantizeWeights(Pass):
         elif not quantizers.products(artifact.model.graph) and not (self.embeddings and _tables(artifact.model.graph)):
             yield "no matrix product with stored weights"
 
-    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+    def check_settings(self) -> None:
         if self.group_size < 0:
-            raise PassError(f"a group size of {self.group_size}: it must be 0 or more")
+            raise PassError(f"a group size of {self.group_size}: it must be 0 or more", fix="group_size: 128")
+
+    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+        self.check_settings()
         model = artifact.edit()
         graph, taken = model.graph, names_in(model)
         left_out = _matching(self.exclude, graph)

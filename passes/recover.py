@@ -23,7 +23,14 @@ from typing import ClassVar, Literal
 from perwatt.artifact import Artifact
 from perwatt.contract import Context, Pass, Stage, Tolerance
 from perwatt.errors import PassError
-from perwatt.passes._learning import cache_of_learning, samples_to_learn, seconds_to_learn
+from perwatt.passes._learning import (
+    cache_of_learning,
+    check_learning,
+    no_samples,
+    samples_to_learn,
+    seconds_to_learn,
+    words_of,
+)
 from perwatt.passes._quantized import quantized_already
 
 LOSSY = ("drop-blocks", "prune-channels", "prune-weights", "prune-n-of-m")
@@ -60,6 +67,7 @@ class Recover(Pass):
             yield "nothing was pruned that could be learnt back"
         if context.original is None:
             yield "the original isn't there to learn from"
+        yield from no_samples(context)
         if reason := quantized_already(artifact):
             yield reason
         try:
@@ -67,13 +75,20 @@ class Recover(Pass):
         except ImportError:
             yield "learning needs torch: pip install 'perwatt[torch]'"
 
+    def check_settings(self) -> None:
+        check_learning(self.minutes, self.steps, self.batch, self.temperature, self.labels)
+        if self.learning_rate < 0:
+            raise PassError(
+                f"a learning rate of {self.learning_rate:g}: it must be more than 0, or 0 for the usual one",
+                fix="learning_rate: 0",
+            )
+        if not 0 <= self.mix <= 1 or self.hints < 0:
+            raise PassError("mix must be between 0 and 1 and hints 0 or more", fix="mix: 0.5, hints: 6")
+
     def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
         from perwatt.distillation import Plan, distil
 
-        if self.minutes <= 0 or self.steps < 0 or self.batch < 2:
-            raise PassError("minutes must be more than 0, steps 0 or more and batch 2 or more", fix="minutes: 5")
-        if not 0 <= self.mix <= 1 or self.hints < 0:
-            raise PassError("mix must be between 0 and 1 and hints 0 or more", fix="mix: 0.5, hints: 6")
+        self.check_settings()
         assert context.original is not None
         learn, select, where = samples_to_learn(context)
         seconds = seconds_to_learn(self.minutes, context)
@@ -84,13 +99,7 @@ class Recover(Pass):
         made = distil(
             artifact, context.original, learn, select, plan, context.progress, cache_of_learning(), self.step([])
         )
-        taken = f"{made.steps} steps in {made.seconds / 60:.1f} min on {len(learn)} samples {where}"
+        changes = words_of(made, None if self.steps else seconds, self.minutes, learn, select, where)
         if made.step == 0:
-            return artifact, [f"nothing was gained in {taken}"]
-        share = made.after / made.before if made.before else 1.0
-        changes = [
-            f"{taken}: loss against the original {made.before:.3g} → {made.after:.3g} on {len(select)} held-out samples "
-            f"({share:.0%}), best at step {made.step}",
-            *made.notes,
-        ]
+            return artifact, changes
         return artifact.after(made.artifact.edit(), self.step(changes)), changes

@@ -30,7 +30,14 @@ from typing import Any, ClassVar, Literal
 from perwatt.artifact import Artifact
 from perwatt.contract import Context, Pass, Stage, Tolerance
 from perwatt.errors import PassError
-from perwatt.passes._learning import cache_of_learning, samples_to_learn, seconds_to_learn
+from perwatt.passes._learning import (
+    cache_of_learning,
+    check_learning,
+    no_samples,
+    samples_to_learn,
+    seconds_to_learn,
+    words_of,
+)
 from perwatt.patterns import is_stored
 
 WHOLE = ("INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16")
@@ -69,20 +76,23 @@ class TuneQuantization(Pass):
             yield "scales are in half precision, in which nothing can be learnt: quantize with rest: float32"
         if context.original is None:
             yield "the original isn't there to learn from"
+        yield from no_samples(context)
         try:
             import torch  # noqa: F401
         except ImportError:
             yield "learning needs torch: pip install 'perwatt[torch]'"
 
-    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
-        from perwatt.learning_quantized import TuningPlan, tune
-
-        if self.minutes <= 0 or self.steps < 0 or self.batch < 2:
-            raise PassError("minutes must be more than 0, steps 0 or more and batch 2 or more", fix="minutes: 5")
+    def check_settings(self) -> None:
+        check_learning(self.minutes, self.steps, self.batch, self.temperature, self.labels)
         if self.learning_rate <= 0:
             raise PassError(
                 f"a learning rate of {self.learning_rate:g}: it must be more than 0", fix="learning_rate: 0.03"
             )
+
+    def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
+        from perwatt.learning_quantized import TuningPlan, tune
+
+        self.check_settings()
         assert context.original is not None
         learn, select, where = samples_to_learn(context)
         plan = TuningPlan(
@@ -93,14 +103,9 @@ class TuneQuantization(Pass):
         made = tune(
             artifact, context.original, learn, select, plan, context.progress, cache_of_learning(), self.step([])
         )
-        taken = f"{made.steps} steps in {made.seconds / 60:.1f} min on {len(learn)} samples {where}"
+        changes = words_of(made, None if self.steps else plan.seconds, self.minutes, learn, select, where)
         if made.step == 0:
-            return artifact, [f"nothing was gained in {taken}"]
-        changes = [
-            f"{taken}: loss against the original {made.before:.3g} → {made.after:.3g} on {len(select)} held-out samples "
-            f"({made.after / made.before:.0%}), best at step {made.step}",
-            *made.notes,
-        ]
+            return artifact, changes
         return artifact.after(made.artifact.edit(), self.step(changes)), changes
 
     def ensures(self, before: Artifact, after: Artifact) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Distillation: a student learns its teacher's outputs back, never gets worse, and normalization comes and goes unnoticed."""
 
+import re
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -91,7 +93,7 @@ def test_time_ends_it_and_progress_tells_how_much_is_left():
     learnt = learn(disturbed(teacher), teacher, steps=None, seconds=1.0, said=said)
     assert learnt.steps > 1 and 0.9 < learnt.seconds < 5
     assert 4 <= len(said) <= distillation.JUDGED + 1
-    assert said[-1].startswith("recover: step ") and said[-1].endswith(" left")
+    assert re.match(r"recover: \d:\d\d left, step \d+, loss ", said[-1])
 
 
 def test_an_operator_that_torch_lacks_is_named(monkeypatch):
@@ -130,10 +132,33 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     (state,) = tmp_path.iterdir()
     assert state.suffix == ".pt"
     said = []
-    learnt = learn(student, teacher, tmp_path, said, steps=64)
+    # How much time there is now is another number than it was then.
+    learnt = learn(student, teacher, tmp_path, said, steps=64, seconds=77.0)
+    assert any(note.startswith("went on at step 2") or note.startswith("went on at step 3") for note in learnt.notes)
     first = int(said[0].split("step ")[1].split(",")[0])
     assert 28 <= first <= 36 and learnt.steps == 64 and learnt.after < learnt.before
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_learnt_is_kept_when_a_person_stops_it_and_they_are_told(tmp_path):
+    teacher = mlp()
+
+    class Ear(list):
+        def append(self, text):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="what was learnt is kept") as stop:
+        learn(disturbed(teacher), teacher, tmp_path, Ear(), steps=64)
+    assert "(4 steps)" in str(stop.value)
+    learnt = learn(disturbed(teacher), teacher, tmp_path, steps=64)
+    assert "went on at step 4, where it had been stopped" in learnt.notes and not list(tmp_path.iterdir())
+
+
+def test_answers_are_compared_where_they_are_scores():
+    teacher = mlp()
+    learnt = learn(disturbed(teacher), teacher, steps=150)
+    before, after = learnt.agreement
+    assert 0 <= before < after <= 1
 
 
 def test_state_of_something_else_or_a_broken_file_is_not_taken(tmp_path, monkeypatch):

@@ -306,7 +306,8 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     said = []
     # How much time is left now is another number than it was then.
     learnt = learn(student, tmp_path, said, steps=64, seconds=77.0)
-    assert said[0].startswith("tune-quantization: step ") and 28 <= int(said[0].split("step ")[1].split(",")[0]) <= 36
+    assert said[0].startswith("tune-quantization: ") and " left, step " in said[0]
+    assert 28 <= int(said[0].split("step ")[1].split(",")[0]) <= 36
     assert learnt.steps == 64 and learnt.after < learnt.before and not list(tmp_path.iterdir())
 
 

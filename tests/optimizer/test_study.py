@@ -318,8 +318,18 @@ def test_a_lossy_pass_that_is_refused_makes_no_lossy_branch() -> None:
 def test_a_pass_that_mends_takes_the_place_of_what_it_mended() -> None:
     pipeline = ScriptedPipeline(drop_blocks="half", recover="int8")
     branches = explore(pipeline, GRAPHS["source"], steps("drop-blocks", "recover"))
-    assert [(NAMES[b.artifact.digest()], b.lossy) for b in branches] == [("int8", True), ("int8", True)]
-    assert [b.applied() for b in branches] == [["recover"], ["drop-blocks", "recover"]]
+    assert [(NAMES[b.artifact.digest()], b.lossy) for b in branches] == [("source", False), ("int8", True)]
+    assert [b.applied() for b in branches] == [[], ["drop-blocks", "recover"]]
+    assert pipeline.asked == [("source", "drop-blocks"), ("half", "recover")]
+
+
+def test_where_nothing_was_lost_what_would_mend_it_says_so_once() -> None:
+    pipeline = ScriptedPipeline()
+    branches = explore(pipeline, GRAPHS["source"], steps("drop-blocks", "recover"))
+    assert [[(row.name, row.status) for row in b.rows] for b in branches] == [
+        [("recover", "refused")],
+        [("drop-blocks", "refused")],
+    ]
 
 
 def test_a_lossless_pass_after_a_lossy_one_is_run_on_every_branch() -> None:
@@ -580,4 +590,4 @@ def test_tuned_twins_that_lose_accuracy_don_t_use_up_the_tries_of_a_lossless_gra
 def test_what_was_not_tried_for_lack_of_time_is_told(stage: Stage) -> None:
     made = stage.study(CLEAN)
     made.deadline = 0.0
-    assert made.run().reason.endswith("1 other answers were not tried: out of time")
+    assert made.run().reason.endswith("no other answer was tried, of 1: out of time (--time)")

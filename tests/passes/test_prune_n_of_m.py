@@ -10,6 +10,8 @@ from perwatt.errors import PassError
 from perwatt.passes.prune_n_of_m import PruneNOfM
 from perwatt.targets._tensorrt_sparsity import sparse_weights
 
+WOULD = "would not pay (anyway: true does it all the same)"
+
 
 def groups(kernel, axis, m=4):
     """Weights in groups of m neighbours along the axis of the inputs."""
@@ -81,9 +83,9 @@ def test_it_refuses_where_its_pattern_is_not_rewarded_unless_asked():
     before = product()
     assert ask(PruneNOfM(), before, given_by(patterns=("2:4",))) == []
     (reason,) = ask(PruneNOfM(), before, given_by())
-    assert reason == "this backend runs zeros as fast as anything else: 2:4 sparsity would not pay"
+    assert reason == f"this backend runs zeros as fast as anything else: 2:4 sparsity {WOULD}"
     (reason,) = ask(PruneNOfM(n=1), before, given_by(patterns=("2:4",)))
-    assert reason == "this backend gains from 2:4 zeros alone: 1:4 sparsity would not pay"
+    assert reason == f"this backend gains from 2:4 zeros alone: 1:4 sparsity {WOULD}"
     assert ask(PruneNOfM(n=1, anyway=True), before, given_by()) == []
 
 
