@@ -205,7 +205,14 @@ def _to_float(
     if normalization is not None and raw is None:
         notes.add(f"input {spec.name}: the data is {array.dtype}, so --normalize is not applied (it is for uint8)")
     if is_float(array.dtype) and array.dtype.kind == "f" and not np.isfinite(array).all():
-        notes.add(f"input {spec.name}: the data has NaN or infinity in it")
+        unknown = np.isnan(array.reshape(len(array), -1) if array.ndim else array).any(axis=-1)
+        if unknown.any():
+            # Whatever is chosen by what a model makes of them, calibration and accuracy alike, is chosen by nothing.
+            raise InputError(
+                f"input {spec.name}: samples have NaN in them, {int(unknown.sum())} of {unknown.size} looked at",
+                fix="leave them out of the data, or mend them",
+            )
+        notes.add(f"input {spec.name}: the data has infinity in it")
     with np.errstate(over="ignore"):
         return array.astype(wanted, copy=False)
 

@@ -101,4 +101,4 @@ def open_pipeline(
 
 
 def _not_here(_: Any) -> Any:
-    raise BackendError("nothing can be measured: the target is not here")
+    raise BackendError("nothing can be measured here: `optimize MODEL` on a machine with the target does")

@@ -88,7 +88,9 @@ def rewrite_model(
         after, rows = pipeline.for_target(capabilities).run(opened.source, [registry.bind(step) for step in steps])
         progress(f"writing {where}", 0.97)
         _write(after, where)
-    notes = [*_proof_words(opened), *notes, *registry.out_of_order(steps), *_not_judged(rows)]
+    notes = [
+        *_proof_words(opened), *notes, *registry.out_of_order(steps), *_not_judged(rows), *_for_nobody(recipe, rows)
+    ]  # fmt: skip
     return Rewritten(
         where, _without_scratch(opened.source, folder), copy_with_path(after, where), [row, *rows],
         list(dict.fromkeys(notes)),
@@ -133,6 +135,15 @@ def _not_judged(rows: Sequence[Row]) -> list[str]:
     if not lossy:
         return []
     return [f"warning: accuracy was not judged after {', '.join(lossy)}: see its drift, or run optimize MODEL"]
+
+
+def _for_nobody(recipe: Recipe, rows: Sequence[Row]) -> list[str]:
+    """That passes were refused for what a backend has to have, and none was named."""
+    asked = [row.name for row in rows if row.status == "refused" and "this backend" in str(row.reason)]
+    if recipe.target.name not in registry.ALIASES or recipe.passes == "default" or not asked:
+        return []
+    names = ", ".join(dict.fromkeys(asked))
+    return [f"warning: {names}: refused because no backend was named: --target openvino, onnxruntime, … gives its form"]
 
 
 def _capabilities(recipe: Recipe, checks: Worker) -> Capabilities:

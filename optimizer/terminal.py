@@ -324,8 +324,12 @@ def _accuracy_facts(a: Report, b: Report) -> list[tuple[str, Any, Any]]:
 
 
 def _pass_facts(a: Report, b: Report) -> list[tuple[str, Any, Any]]:
-    ours, theirs = ({row.name: row for row in report.passes} for report in (a, b))
-    return [(name, _pass_fact(ours.get(name)), _pass_fact(theirs.get(name))) for name in {**ours, **theirs}]
+    # Of a pass that stood on several branches, what became of it on the one that ships, which stands first.
+    ours, theirs = ({row.name: row for row in reversed(report.passes)} for report in (a, b))
+    return [
+        (name, _pass_fact(ours.get(name)), _pass_fact(theirs.get(name)))
+        for name in dict.fromkeys([*reversed(ours), *reversed(theirs)])
+    ]
 
 
 def _pass_fact(row: PassReport | None) -> str:

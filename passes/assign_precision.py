@@ -28,7 +28,7 @@ from typing import ClassVar
 from perwatt import calibration
 from perwatt.artifact import Artifact
 from perwatt.contract import Context, Pass, QuantizationStyle, Stage, Tolerance
-from perwatt.errors import BackendError, PerwattError
+from perwatt.errors import BackendError, PassError, PerwattError
 from perwatt.passes._allocation import Border, Layer, allocate
 from perwatt.passes._half_rest import Rest, with_rest
 from perwatt.passes._layer_costs import borders_between, by_product, conversions
@@ -68,6 +68,12 @@ class AssignPrecision(Pass):
     subset_size: int = 300
     judged_on: int = 16
     rest: Rest = "auto"
+
+    def check_settings(self) -> None:
+        if self.subset_size < 1:
+            raise PassError(f"{self.subset_size} calibration samples: at least 1", fix="subset_size: 300")
+        if self.steps < 0 or self.judged_on < 1:
+            raise PassError("steps must be 0 or more and judged_on 1 or more", fix="steps: 6, judged_on: 16")
 
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         if _style(context) is None:

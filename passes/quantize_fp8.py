@@ -51,6 +51,10 @@ class QuantizeFp8(Pass):
     exclude: tuple[str, ...] = ()
     subset_size: int = 300
 
+    def check_settings(self) -> None:
+        if self.subset_size < 1:
+            raise PassError(f"{self.subset_size} calibration samples: at least 1", fix="subset_size: 300")
+
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         if self._style(context) is None:
             yield "this backend has no float8 arithmetic here"

@@ -77,6 +77,12 @@ class QuantizeInt8(Pass):
     model_type: Literal["auto", "plain", "transformer"] = "auto"
     rest: Rest = "auto"
 
+    def check_settings(self) -> None:
+        if self.subset_size < 1:
+            raise PassError(f"{self.subset_size} calibration samples: at least 1", fix="subset_size: 300")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise PassError(f"smooth is {self.smooth:g}: it must lie between 0 and 1", fix="smooth: 0.5")
+
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         if not integer_styles(context.capabilities):
             yield "this backend has no int8 arithmetic"

@@ -93,6 +93,10 @@ class QuantizeWeights(Pass):
     def check_settings(self) -> None:
         if self.group_size < 0:
             raise PassError(f"a group size of {self.group_size}: it must be 0 or more", fix="group_size: 128")
+        if self.subset_size < 1 or self.damping < 0:
+            raise PassError(
+                "subset_size must be 1 or more and damping 0 or more", fix="subset_size: 128, damping: 0.01"
+            )
 
     def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
         self.check_settings()

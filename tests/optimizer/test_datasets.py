@@ -247,6 +247,16 @@ def test_raw_inputs_get_raw_bytes(tmp_path: Path) -> None:
     assert fed.dtype == np.uint8 and fed.shape[1:] == (8, 6, 3) and fed.max() <= 8
 
 
+def test_samples_with_nan_are_an_error_and_infinity_is_told(tmp_path: Path) -> None:
+    signature = Signature((TensorSpec("x", "float32", ("n", 4)),), ())
+    array = np.ones((30, 4), np.float32)
+    array[3, 1], array[7] = np.nan, np.nan
+    with pytest.raises(InputError, match=r"input x: samples have NaN in them, \d of \d+ looked at — leave them out"):
+        opened(npz(tmp_path, x=array), signature)
+    array[np.isnan(array)] = -np.inf
+    assert any("the data has infinity in it" in note for note in opened(npz(tmp_path, x=array), signature).notes)
+
+
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=9))
 def test_integers_keep_their_values(values: list[int]) -> None:
     out = fit(np.array(values, np.int64), TensorSpec("i", "int32", ("n",)), normalization=None, raw=None, notes=Notes())

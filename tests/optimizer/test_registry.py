@@ -1,5 +1,6 @@
 """The registry: a file is a pass, settings are checked, the default orders itself, the schema says the same."""
 
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -411,3 +412,29 @@ def test_the_schema_describes_every_pass(validator):
     described = validator.schema["$defs"]["step"]["anyOf"][1]["properties"]
     assert sorted(described) == registry.names("passes")
     assert all(entry["anyOf"][0]["description"] for entry in described.values())
+
+
+def test_settings_that_no_model_could_do_with_are_told_before_anything_runs() -> None:
+    for name, settings, words in (
+        ("drop-blocks", {"blocks": -3}, "drop-blocks: -3 blocks: it must be 1 or more — blocks: 1"),
+        ("prune-channels", {"ratio": 1.5}, "must lie between 0 and 1"),
+        ("prune-n-of-m", {"n": 5}, "n must be at least 1 and below m"),
+        ("recover", {"minutes": -1}, "minutes must be more than 0"),
+        ("recover", {"temperature": 0}, "temperature must be more than 0"),
+        ("tune-quantization", {"learning_rate": 0}, "it must be more than 0"),
+        ("quantize-int8", {"subset_size": 0}, "at least 1"),
+        ("quantize-int8", {"smooth": 3}, "must lie between 0 and 1"),
+        ("quantize-weights", {"damping": -1}, "damping 0 or more"),
+        ("assign-precision", {"steps": -1}, "steps must be 0 or more"),
+    ):
+        with pytest.raises(InputError, match=re.escape(words)):
+            registry.bind(PassStep(name=name, settings=settings))
+
+
+def test_what_mends_comes_behind_the_alternatives_and_is_told_where_there_is_nothing_to_mend() -> None:
+    steps = registry.edit_steps(registry.default_steps(), "+tune-quantization")
+    place = next(i for i, step in enumerate(steps) if isinstance(step, OneOf))
+    assert steps[place + 1] == PassStep(name="tune-quantization")
+    assert registry.out_of_order(steps) == []
+    alone = registry.out_of_order([PassStep(name="recover"), PassStep(name="drop-blocks")])
+    assert alone[0].startswith("recover has nothing to mend: it comes behind drop-blocks or ")

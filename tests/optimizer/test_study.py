@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from perwatt import screening, study
 from perwatt.artifact import Artifact
-from perwatt.candidates import Candidate, explore
+from perwatt.candidates import Candidate, explore, ledger
 from perwatt.contract import OperatingPoint
 from perwatt.errors import BackendError
 from perwatt.measurement import Ratio
@@ -360,6 +361,20 @@ def test_in_the_ledger_of_an_unchanged_run_no_pass_counts_as_applied(stage: Stag
     rows = {row.name: row for row in stage.run(CLEAN, lossy("int8")).rows}
     assert {row.status for row in rows.values()} == {"not-chosen"}
     assert rows["fold-batchnorm"].reason == "the original graph ships" and "points" in rows["quantize-int8"].reason
+
+
+def test_the_ledger_says_what_a_pass_stood_behind_and_whose_share_is_in_its_figures() -> None:
+    pipeline = ScriptedPipeline(drop_blocks="half", recover="clean", quantize_int8="int8")
+    branches = explore(pipeline, GRAPHS["source"], steps("drop-blocks", "recover", "quantize-int8"))
+    backend: Any = SimpleNamespace(name="here", alone=True, decides="cpu_s_per_inference")
+    winner = Candidate(branches[0], OperatingPoint(), backend)
+    told = [(row.name, row.behind) for row in ledger(branches, winner, [])]
+    assert told == [
+        ("drop-blocks", []),
+        ("recover", ["drop-blocks"]),
+        ("quantize-int8", []),
+        ("quantize-int8", ["drop-blocks", "recover"]),
+    ]
 
 
 # Several backends -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 
 from perwatt.data import Samples
 from perwatt.errors import BackendError, PassError
+from perwatt.passes._learning import seconds_to_learn
 from perwatt.passes.prune_channels import PruneChannels
 from perwatt.passes.recover import Recover
 
@@ -84,6 +85,20 @@ def test_what_lost_nothing_is_refused():
     assert list(Recover().requires(before, given(before))) == ["nothing was pruned that could be learnt back"]
     assert list(Recover().requires(pruned(before), given(before))) == []
     assert list(Recover().requires(pruned(before), replace(given(before), original=None)))
+
+
+def test_nothing_is_learnt_from_made_up_samples():
+    before = conv_net()
+    (reason,) = Recover().requires(pruned(before), given(before, made_up=True))
+    assert reason == "there are no real samples to learn from: --train, or --data"
+
+
+def test_half_of_what_is_left_is_for_what_comes_behind_and_the_ledger_says_so():
+    assert seconds_to_learn(1.0, replace(given(conv_net()), deadline=time.monotonic() + 600)) == 60
+    assert 9 < seconds_to_learn(1.0, replace(given(conv_net()), deadline=time.monotonic() + 20)) <= 10
+    before = conv_net()
+    _, changes = Recover(batch=32).run(pruned(before), given(before, deadline=time.monotonic() + 1.0))
+    assert "of the 5 minutes, for --time)" in changes[0]
 
 
 def test_without_torch_it_says_how_to_get_it(monkeypatch):
