@@ -1,7 +1,7 @@
 """Accuracy against CPU seconds: blocks dropped, learnt back, then the best precision, beside the best precision alone.
 
-ResNet-56 on CIFAR-10 with the 5,085 training pictures that there are, and MiniLM on SST-2's training sentences; no labels are
-learnt from but the original's answers. Every point is a bundle of `perwatt.optimize` on OpenVINO, judged on the test set, at its
+ResNet-56 on CIFAR-10 with the 5,085 training pictures that there are, and MiniLM on SST-2's training sentences; their labels count
+a tenth beside the original's answers. Every point is a bundle of `perwatt.optimize` on OpenVINO, judged on the test set, at its
 own operating point; all are run side by side. Used by pruning.py.
 """
 
@@ -35,7 +35,7 @@ BUDGET = 1.0
 MOST_LOST = 3.0
 """Points that a bundle may lose to be a point of the frontier."""
 WANTED = {"resnet56": 1.5, "minilm": 1.3}
-MOST_MINUTES = 20.0
+MOST_MINUTES = {"resnet56": 20.0, "minilm": 40.0}
 
 
 def frontier(name: str, minutes: float, effort: speed.Effort, folder: Path) -> dict[str, Any]:
@@ -124,11 +124,11 @@ def verdicts(results: dict[str, Any]) -> list[tuple[str, bool]]:
         within = {
             side: Ratio(**ratio)
             for side, ratio in its["to_precision"].items()
-            if drop(its, side) <= BUDGET and its["minutes"][side] <= MOST_MINUTES
+            if drop(its, side) <= BUDGET and its["minutes"][side] <= MOST_MINUTES[name]
         }
         best = min(within, key=lambda side: within[side].value or 1e9, default=None)
         if best is None:
-            lines.append((f"{name}: nothing loses at most {BUDGET:g} points in {MOST_MINUTES:g} minutes", False))
+            lines.append((f"{name}: nothing loses at most {BUDGET:g} points in {MOST_MINUTES[name]:g} minutes", False))
             continue
         faster = within[best].inverse()
         text = f"{name}: {best}: {speed.words(faster)} × as fast, {drop(its, best):.2f} points lost (at least {WANTED[name]:g} ×)"
