@@ -1,8 +1,8 @@
 """Accuracy against CPU seconds: blocks dropped, learnt back, then the best precision, beside the best precision alone.
 
 ResNet-56 on CIFAR-10 with the 5,085 training pictures that there are, and MiniLM on SST-2's training sentences; their labels
-count a tenth beside the original's answers. Every point is a bundle of `perwatt.optimize` on OpenVINO, judged on the test set, at its
-own operating point; all are run side by side. Used by pruning.py.
+count a tenth beside the original's answers. Every point is a bundle of `perwatt.optimize` on OpenVINO, judged on the test set,
+at its own operating point; all are run side by side. Used by pruning.py.
 """
 
 from __future__ import annotations
