@@ -367,7 +367,7 @@ class _Work:
         """Of the teacher's weights."""
         sha = hashlib.sha256()
         for name, weight in sorted(self.teacher.weights.items()):
-            sha.update(name.encode() + weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            sha.update(name.encode() + weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 
     def _state(self) -> dict[str, Any]:

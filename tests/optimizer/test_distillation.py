@@ -140,6 +140,17 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_state_is_kept_of_networks_with_scalars(tmp_path):
+    nodes = [node("MatMul", "x w", "h"), node("Mul", "h s", "y")]
+    data = {"w": weight(4, 3), "s": np.float32(2.0)}
+    teacher = build(nodes, "x:float32[batch,4]", "y:float32[batch,3]", data)
+    made = build(nodes, "x:float32[batch,4]", "y:float32[batch,3]", {**data, "s": np.float32(3.0)})
+    works = [distillation._Work(one, two, *(samples_of(one, 8),) * 2, Plan(steps=1, batch=4)).digest()
+             for one, two in ((made, teacher), (made, made))]  # fmt: skip
+    assert works[0] != works[1]
+    assert learn(made, teacher, tmp_path, steps=8).steps == 8 and not list(tmp_path.iterdir())
+
+
 def test_what_was_learnt_is_kept_when_a_person_stops_it_and_they_are_told(tmp_path):
     teacher = mlp()
 
