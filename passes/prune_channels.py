@@ -7,7 +7,7 @@ heads are cut through consistently. What can't be cut is left, with its reason.
     Conv(64 → 256) → Relu → Conv(256 → 64)      becomes      Conv(64 → 192) → Relu → Conv(192 → 64)
 
 Numbers of channels decide the speed: matrix units calculate in tiles, and what is left of a tile costs a whole one. So only
-sizes that are multiples of what pays on this backend are left over (64 in int8 with AMX), and layers too narrow for
+sizes that are multiples of what pays on this backend are left over (64 in int8 with AMX, 16 without), and layers too narrow for
 that stay as they are; for those, drop-blocks is the better pass.
 
 Which channels go is decided by what the model's outputs lose without them (first-order Taylor, on calibration samples, without

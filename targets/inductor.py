@@ -27,7 +27,7 @@ from perwatt.contract import Capabilities, Clock, OperatingPoint, Program, Quant
 from perwatt.errors import BackendError, install_words
 from perwatt.measurement import Window
 from perwatt.signature import Batch, Signature, inferences
-from perwatt.targets._cpu import cpu_isa, usable_cpus
+from perwatt.targets._cpu import channel_multiples, cpu_isa, usable_cpus
 from perwatt.targets._inductor_compile import Plan, integer_products, package, plan_for
 from perwatt.targets._run_script import run_script
 
@@ -212,7 +212,7 @@ def _capabilities_of_cpu() -> Capabilities:
         isa=isa,
         floating_precisions=("f32", "bf16") if halves else ("f32",),
         half_types=("bfloat16",) if halves else (),
-        channel_multiples={"int8": 64, "bfloat16": 32, "float32": 16},
+        channel_multiples=channel_multiples(isa),
         quantization_styles=(SYMMETRIC, ASYMMETRIC) if INTEGER_UNITS & set(isa) else (),
         operators=OPERATORS,
     )

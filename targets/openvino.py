@@ -122,7 +122,7 @@ class OpenVINO(Target):
             isa=() if self.variant else _cpu.cpu_isa(),
             floating_precisions=(default, *(p for p in offered if p != default)),
             half_types=tuple(HALVES[p][1] for p in offered if p != "f32"),
-            channel_multiples={} if self.variant else {"int8": 64, "bfloat16": 32, "float32": 16},
+            channel_multiples={} if self.variant else _cpu.channel_multiples(_cpu.cpu_isa()),
             quantization_styles=styles if "INT8" in abilities else (),
             # Measured (bench/suites/fusion.py): Attention takes 1.1 to 1.4 × and RotaryEmbedding 1.4 to 1.7 × what their
             # pieces take, because the plugin only recognizes the pieces.

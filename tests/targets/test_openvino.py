@@ -30,7 +30,7 @@ from perwatt.contract import OperatingPoint
 from perwatt.errors import BackendError, InputError
 from perwatt.passes.quantize_int8 import QuantizeInt8
 from perwatt.signature import Signature, TensorSpec
-from perwatt.targets._cpu import usable_cpus
+from perwatt.targets._cpu import channel_multiples, usable_cpus
 from perwatt.targets.openvino import OpenVINO, has_asymmetric_signed_values
 
 TARGET = OpenVINO()
@@ -57,6 +57,12 @@ def test_nothing_is_missing_and_capabilities_are_plain_data():
     assert ("bf16" in found.floating_precisions) == ("bfloat16" in found.half_types)
     assert [style.name for style in found.quantization_styles][:1] == ["symmetric"]
     assert TARGET.name() == "openvino" and set(TARGET.versions()) == {"openvino"}
+
+
+def test_multiples_of_channels_follow_the_instruction_set():
+    assert channel_multiples(("avx512f", "amx_int8", "amx_bf16")) == {"int8": 64, "bfloat16": 32, "float32": 16}
+    assert channel_multiples(("avx2", "avx512f", "avx512_vnni")) == {"int8": 16, "bfloat16": 16, "float32": 16}
+    assert set(channel_multiples(("avx2",)).values()) == {8}
 
 
 @pytest.mark.parametrize("items", [1, 3, 8, 33])
