@@ -9,7 +9,7 @@ import yaml
 
 from perwatt import registry
 from perwatt.errors import InputError
-from perwatt.recipe import OneOf
+from perwatt.recipe import OneOf, PassStep
 
 
 def starter(path: Path, arch: str | None, inputs: list[str], trust: bool) -> str:
@@ -86,13 +86,19 @@ def _data_lines(text: bool, picture: bool, side: int) -> list[str]:
     return [*lines, "# data:", *example, "#   # or apart: calibrate: train/, eval: val/"]
 
 
+def _step_words(step: PassStep) -> str:
+    """`quantize-int8: {operators: all}`."""
+    settings = ", ".join(f"{key}: {value}" for key, value in step.settings.items())
+    return f"{step.name}: {{{settings}}}" if settings else step.name
+
+
 def _pass_lines() -> list[str]:
     lines = []
     for step in registry.default_steps():
         if isinstance(step, OneOf):
             lines += [
                 "# - one-of:                   # the measured best wins",
-                *(f"#   - {s.name}" for s in step.steps),
+                *(f"#   - {_step_words(one)}" for one in step.steps),
             ]
         else:
             lines.append(f"# - {step.name}")

@@ -250,6 +250,7 @@ def test_the_starter_recipe_of_a_model_is_a_recipe(here: Path, call) -> None:
     starter = call("init", "net.onnx")
     assert starter.returncode == 0 and starter.stderr == ""
     assert "x:float32[n,1,8,8]" in starter.stdout and "quantize-int8" in starter.stdout
+    assert "#   - quantize-int8: {operators: all}\n" in starter.stdout
     (here / "recipe.yaml").write_text(starter.stdout)
     assert call("--config", "recipe.yaml", "--dry-run").returncode == 0
     # What stands there as a comment works when it is taken out of it.
