@@ -160,6 +160,10 @@ def test_a_precision_that_is_asked_for_is_the_only_one_tried(here: Path) -> None
 
 
 def test_a_precision_without_labelled_samples_is_warned_of(here: Path) -> None:
+    from perwatt.targets.openvino import OpenVINO
+
+    if "bf16" not in OpenVINO().capabilities().floating_precisions:
+        pytest.skip("this processor has no bfloat16 arithmetic")
     bundle = perwatt.optimize(
         here / "net.onnx", target="openvino", out=here / "half", precision="bf16", passes="fold-batchnorm", time="15s",
         tune=False,
