@@ -45,6 +45,8 @@ class Candidate:
     drop: metrics.Comparison | None = None
     p99_ms: float | None = None
     memory_bytes: int | None = None
+    trial: int | None = None
+    """Number of the trial of a search that it comes from."""
 
     @property
     def name(self) -> str:

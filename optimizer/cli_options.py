@@ -64,6 +64,9 @@ TRAIN: list[Decorator] = [
 ]
 TRAINING: list[Decorator] = [
     *TRAIN,
+    click.option(
+        "--confirm", metavar="PATH", help="Labelled samples that the answer is confirmed on.  [default: half of --eval]"
+    ),
     click.option("--expect", type=float, metavar="PERCENT", help="Stop unless the original scores this."),
 ]
 BUDGET: list[Decorator] = [
@@ -81,8 +84,20 @@ BUDGET: list[Decorator] = [
     ),
     click.option("--p99", metavar="TIME", help="Latency that 99 % of calls must stay under, as 20ms."),
     click.option("--memory", metavar="SIZE", help="Resident memory that the program may take, as 500MB."),
+    click.option("--size", metavar="SIZE", help="What the model's weights may take, as 5MB."),
     click.option("--min-gain", metavar="SHARE", help="Least gain worth shipping.  [default: 3%]"),
-    click.option("--time", metavar="TIME", help="Time budget of the run, as 90s, 10m."),
+    click.option(
+        "--time",
+        metavar="TIME",
+        help="Time budget of the run, as 90s, 10m. From 2m on it is spent on a search: what goes on is the same command again.",
+    ),
+    click.option(
+        "--objective",
+        metavar="WHAT",
+        help="What a search makes as good as can be: inferences-per-joule, latency, throughput, size, or several, the first "
+        "of which picks.  [default: inferences-per-joule]",
+    ),
+    click.option("--trials", type=int, help="At most so many trials of a search; 0: none."),
     click.option(
         "--passes",
         metavar="LIST",

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perwatt import registry
+from perwatt import registry, searching
 from perwatt.artifact import Artifact
 from perwatt.backends import Backend
 from perwatt.bench.power_control import PowerControl
@@ -32,6 +32,7 @@ from perwatt.portable import kept_branches, write_portable
 from perwatt.preparation import Prepared, Progress, first_row, operating_point, prepare, source_outputs
 from perwatt.proving import open_pipeline
 from perwatt.recipe import OneOf, PassStep, Recipe
+from perwatt.run_cost import Charge
 from perwatt.screening import Screening
 from perwatt.setup import Setup
 from perwatt.sides import Side
@@ -65,6 +66,7 @@ class Run:
     energy: dict[str, Any]
     machine: dict[str, Any]
     on: str | None
+    charge: Charge
 
 
 def out_folder(recipe: Recipe, out: str | Path | None) -> Path:
@@ -109,13 +111,13 @@ def compile_model(
     recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = lambda stage, share: None
 ) -> Bundle:
     """Run the recipe and leave a bundle in `out`. Raises PerwattError; then nothing was written."""
-    from perwatt.writing import write_bundle
-
     started = time.perf_counter()
     steps = resolve_steps(recipe)
     registry.serving(recipe.target.name)
     check_destination(out, model_name(recipe), force, inputs_of(recipe))
     with full_disk_explained(), workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
+        charge = Charge()
+        cleanup.callback(charge.close)
         place = cleanup.enter_context(open_place(recipe.target.on))
         prepared = prepare(recipe, Path(scratch), checks, place, progress, cleanup)
         prepared.notes.extend(registry.out_of_order(steps))
@@ -132,9 +134,16 @@ def compile_model(
         )
         conductor = Conductor(meter, seed=recipe.seed, device=device)
         conductor.power = _power_control(recipe, device, prepared.notes, cleanup)
-        run = _search(recipe, steps, prepared, Path(scratch), checks, place, conductor, progress, started, cleanup)
+        if searching.wanted(recipe):
+            steps = searching.steps_for(recipe, prepared, steps)
+            # What is judged in the end is what no trial saw.
+            prepared = replace(prepared, evaluation=prepared.confirm or prepared.evaluation)
+        work = _Work(
+            recipe, steps, prepared, Path(scratch), checks, place, conductor, charge, progress, started, out, cleanup
+        )
+        run = work.run()
         progress("writing the bundle", 0.96)
-        return write_bundle(run, out)
+        return _write_bundle(run, out)
 
 
 def _fixed_batch_words(recipe: Recipe, source: Artifact) -> list[str]:
@@ -185,52 +194,108 @@ def _portable(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared,
     return recipe, prepared, branches, pipeline, folder, checks
 
 
-def _search(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, folder: Path, checks: Worker,
-            place: Place, conductor: Conductor, progress: Progress, started: float, cleanup: ExitStack) -> Run:  # fmt: skip
+@dataclass
+class _Work:
     """From the model as read to the answer: passes, candidates, measurements. The sides of the answer stay open until
-    `cleanup`."""
-    setup = Setup(folder, prepared.saved["timing"], conductor, place.worker)
-    deadline = _deadline(recipe, started, _shares(steps)[0])
-    pipeline = open_pipeline(recipe, prepared, folder, checks, _pass_progress(progress, steps), deadline)
-    first = first_row(
-        prepared.reading,
-        pipeline.outputs(prepared.source),
-        lambda: source_outputs(prepared.reading, prepared.saved["check"], prepared.eager, recipe, folder),
-    )
-    judge = Judge(recipe.budget, prepared.max_drop, prepared.select, prepared.evaluation, folder)
+    `cleanup`. `started` is in `time.perf_counter()` seconds."""
 
-    kept = kept_branches(recipe, pipeline, folder)
+    recipe: Recipe
+    steps: list[PassStep | OneOf]
+    prepared: Prepared
+    folder: Path
+    checks: Worker
+    place: Place
+    conductor: Conductor
+    charge: Charge
+    progress: Progress
+    started: float
+    out: Path
+    cleanup: ExitStack
 
-    def branches(backend: Backend) -> list[Branch]:
-        if kept is not None:
-            return kept
-        progress("running the passes", 0.35)
+    def run(self) -> Run:
+        """Study the candidates, or search for better ones, and tell what was found."""
+        recipe, prepared = self.recipe, self.prepared
+        search = searching.wanted(recipe)
+        self.setup = Setup(self.folder, prepared.saved["timing"], self.conductor, self.place.worker)
+        shares = (searching.SEARCH_SHARE,) * 2 if search else _shares(self.steps)
+        told = _pass_progress(self.progress, self.steps)
+        self.pipeline = open_pipeline(
+            recipe, prepared, self.folder, self.checks, told, _deadline(recipe, self.started, shares[0])
+        )
+        self.first = first_row(
+            prepared.reading,
+            self.pipeline.outputs(prepared.source),
+            lambda: source_outputs(prepared.reading, prepared.saved["check"], prepared.eager, recipe, self.folder),
+        )
+        self.judge = Judge(recipe.budget, prepared.max_drop, prepared.select, prepared.evaluation, self.folder)
+        kept = kept_branches(recipe, self.pipeline, self.folder)
+        study = self._study(kept, _deadline(recipe, self.started, shares[1]))
+        result = self._searched(study) if search and kept is None else study.run()
+        for side in result.sides.values():
+            self.cleanup.callback(side.close)
+        return self._told(result)
+
+    def _study(self, kept: list[Branch] | None, deadline: float | None) -> Study:
+        recipe, prepared = self.recipe, self.prepared
+
+        def branches(backend: Backend) -> list[Branch]:
+            if kept is not None:
+                return kept
+            self.progress("running the passes", 0.35)
+            return explore(self._pipeline_for(backend), prepared.source, self.steps)
+
+        return Study(
+            self.setup,
+            self.judge,
+            Screening(self.setup, self.judge, prepared.source, self._point(), prepared.backends),
+            branches,
+            plan=tune_plan(recipe, prepared.source, self.place),
+            eager=prepared.eager,
+            effort=_effort(recipe, self.started),
+            deadline=deadline,
+            progress=lambda share, text: self.progress(text, 0.3 + 0.65 * share),
+        )
+
+    def _searched(self, study: Study) -> Result:
+        found = searching.Searching(
+            self.recipe,
+            study,
+            self.steps,
+            self.prepared,
+            self._pipeline_for,
+            self._point(),
+            searching.log_path(cache_folder("search") or self.folder, self.recipe, self.prepared, self.place.machine()),
+            lambda result: _write_bundle(self._told(result), self.out),
+            _deadline(self.recipe, self.started, searching.SEARCH_SHARE),
+            lambda share, text: self.progress(text, 0.3 + 0.4 * share),
+        )
+        return found.run()
+
+    def _point(self) -> OperatingPoint:
+        return _fitted(operating_point(self.recipe), self.prepared.source)
+
+    def _pipeline_for(self, backend: Backend) -> Pipeline:
+        """The passes for a backend, which they may ask."""
+        recipe, setup = self.recipe, self.setup
         asked = Ask(
             lambda artifacts: measure_graphs(recipe, backend, artifacts, setup),
             lambda artifact: profile_graph(recipe, backend, artifact, setup),
-            lambda artifact: judge_graph(recipe, backend, artifact, setup, judge),
+            lambda artifact: judge_graph(recipe, backend, artifact, setup, self.judge),
         )
-        return explore(pipeline.for_target(backend.capabilities, backend.name, asked), prepared.source, steps)
+        return self.pipeline.for_target(backend.capabilities, backend.name, asked)
 
-    study = Study(
-        setup,
-        judge,
-        Screening(setup, judge, prepared.source, _fitted(operating_point(recipe), prepared.source), prepared.backends),
-        branches,
-        plan=tune_plan(recipe, prepared.source, place),
-        eager=prepared.eager,
-        effort=_effort(recipe, started),
-        deadline=_deadline(recipe, started, _shares(steps)[1]),
-        progress=lambda share, text: progress(text, 0.3 + 0.65 * share),
-    )
-    result = study.run()
-    for side in result.sides.values():
-        cleanup.callback(side.close)
-    result.notes = [*prepared.notes, *result.notes]
-    energy = conductor.meter.describe()
-    return Run(
-        recipe, steps, folder, started, prepared, [first, *result.rows], result, energy, place.machine(), place.words
-    )
+    def _told(self, result: Result) -> Run:
+        result.notes = [*self.prepared.notes, *result.notes]
+        return Run(
+            self.recipe, self.steps, self.folder, self.started, self.prepared, [self.first, *result.rows], result,
+            self.conductor.meter.describe(), self.place.machine(), self.place.words, self.charge,
+        )  # fmt: skip
+
+
+def _write_bundle(run: Run, out: Path) -> Bundle:
+    from perwatt.writing import write_bundle
+
+    return write_bundle(run, out)
 
 
 def _fitted(point: OperatingPoint, source: Artifact) -> OperatingPoint:

@@ -159,6 +159,10 @@ class Pass(ABC):
     it says `depends_on_target`: what the others make serves every target. One that `measures` asks the backend itself, so
     that what it makes is this backend's alone. One that `mends` gives back what lossy passes before it took: what it
     makes is as fast and more accurate, and takes the place of what it was given.
+
+    `in_search`: a search puts it in, where the recipe leaves the passes to it. `searched`: settings → values that a search may
+    try, in its own words those that `(search: …)` names; the more to the right, the more is taken away. `gradual` is one of
+    them that says which share goes: where there is something to learn from, a search takes it in rounds.
     """
 
     stage: ClassVar[Stage]
@@ -171,6 +175,9 @@ class Pass(ABC):
     measures: ClassVar[bool] = False
     mends: ClassVar[bool] = False
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    in_search: ClassVar[bool] = False
+    searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    gradual: ClassVar[str | None] = None
 
     def check_settings(self) -> None:  # noqa: B027
         """Raises PassError for settings that no model could do with; called before anything is read."""

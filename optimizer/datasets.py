@@ -50,12 +50,17 @@ class Roles:
     @property
     def evaluation(self) -> Samples | None:
         """`select` and then `confirm`, together."""
-        parts = [part for part in (self.select, self.confirm) if part is not None]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        labelled = [part.labels for part in parts if part.labels is not None]
-        labels = np.concatenate(labelled) if len(labelled) == len(parts) else None
-        return Samples([chunk for part in parts for chunk in part.chunks], labels, max(p.batch_size for p in parts))
+        return _joined(self.select, self.confirm)
+
+
+def _joined(*given: Samples | None) -> Samples | None:
+    """Samples one after the other; None where there are none."""
+    parts = [part for part in given if part is not None]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    labelled = [part.labels for part in parts if part.labels is not None]
+    labels = np.concatenate(labelled) if len(labelled) == len(parts) else None
+    return Samples([chunk for part in parts for chunk in part.chunks], labels, max(p.batch_size for p in parts))
 
 
 def peek(section: DataSection) -> list[TensorSpec] | None:
@@ -167,6 +172,7 @@ class _Opener:
         section = self.section
         calibrate = learn = select = confirm = None
         train = self.open(section.train) if section.train else None
+        held = self.open(section.confirm) if section.confirm else None
         if section.calibrate and section.eval:
             calibrate = self.calibration(self.open(section.calibrate), section.calibrate)
             select, confirm = self.halves(self.open(section.eval), section.eval)
@@ -178,6 +184,12 @@ class _Opener:
         elif train is not None:
             calibrate = self.calibration(train, f"{section.train} (training data)")
             self.shares.add("no samples to judge accuracy with: give --eval")
+        if held is not None:
+            # What chooses has everything else: nothing of it needs to be kept from choosing.
+            select = _joined(select, confirm)
+            confirm = held.load(self.drawn(held, str(section.confirm)))
+            self.shares.add(f"{section.confirm}: {len(confirm)} samples confirm, all others choose")
+            self.finish(held)
         if train is not None:
             learn = train.load(self.drawn(train, str(section.train)))
             self.shares.add(f"{section.train}: {len(learn)} samples to learn from")

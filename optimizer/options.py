@@ -19,12 +19,13 @@ PLACES: dict[str, tuple[str, str]] = {
     "calibrate": ("data", "calibrate"), "eval": ("data", "eval"), "train": ("data", "train"),
     "image": ("data", "image"), "resize": ("data", "resize"), "normalize": ("data", "normalize"),
     "text": ("data", "text"), "label": ("data", "label"), "metric": ("data", "metric"), "expect": ("data", "expect"),
-    "max_samples": ("data", "max_samples"),
+    "max_samples": ("data", "max_samples"), "confirm": ("data", "confirm"),
     "max_drop": ("budget", "max_drop"), "p99": ("budget", "p99_ms"), "min_gain": ("budget", "min_gain"),
     "time": ("budget", "time"), "memory": ("budget", "memory"), "prove_accuracy": ("budget", "prove_accuracy"),
     "target": ("target", "name"), "on": ("target", "on"), "threads": ("target", "threads"), "scenario": ("target", "scenario"),
     "batch": ("target", "batch"), "precision": ("target", "precision"), "tune": ("target", "tune"),
     "allow_power_control": ("target", "allow_power_control"),
+    "size": ("budget", "size"), "objective": ("search", "objective"), "trials": ("search", "trials"),
 }  # fmt: skip
 """Option → (section, key). `data`, `passes`, `inputs`, `seed` and `config` have rules of their own below."""
 

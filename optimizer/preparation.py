@@ -70,12 +70,13 @@ class Opened:
 @dataclass
 class Prepared(Opened):
     """What is known before the first pass. Where no backend can be used here, `absent` says which one a portable bundle is
-    prepared for."""
+    prepared for. `select` is for choosing, `confirm` has what nothing was chosen by, `evaluation` both."""
 
     backends: list[Backend]
     absent: Absent | None
     select: Evaluation | None
     evaluation: Evaluation | None
+    confirm: Evaluation | None
     max_drop: float
     eager: Side | None
 
@@ -94,11 +95,11 @@ def prepare(
     opened = open_model(recipe, folder, checks, progress, cleanup)
     progress("judging the original", 0.2)
     eager = open_eager(opened, recipe, folder, place, cleanup)
-    select, evaluation = _evaluations(recipe, backends, opened, folder, checks, place)
+    select, evaluation, confirm = _evaluations(recipe, backends, opened, folder, checks, place)
     opened.notes.extend(passed_over)
     return Prepared(
         opened.reading, opened.roles, opened.samples, opened.saved, opened.notes,
-        backends, absent, select, evaluation, _max_drop(recipe, evaluation), eager.result(),
+        backends, absent, select, evaluation, confirm, _max_drop(recipe, evaluation), eager.result(),
     )  # fmt: skip
 
 
@@ -224,6 +225,8 @@ def _samples(roles: datasets.Roles, source: Artifact, seed: int) -> tuple[dict[s
         found["select"] = roles.select
     if roles.evaluation is not None:
         found["evaluation"] = roles.evaluation
+    if roles.confirm is not None:
+        found["confirm"] = roles.confirm
     return found, []
 
 
@@ -241,22 +244,25 @@ def _check_model(source: Artifact, folder: Path, checks: Worker) -> None:
 
 def _evaluations(
     recipe: Recipe, backends: list[Backend], opened: Opened, folder: Path, checks: Worker, place: Place
-) -> tuple[Evaluation | None, Evaluation | None]:
-    """What to choose with and what to judge with; stops where the original itself makes no sense on the data."""
+) -> tuple[Evaluation | None, Evaluation | None, Evaluation | None]:
+    """What to choose with, what to judge with, and what of that took no part in choosing; stops where the original itself
+    makes no sense on the data."""
     samples, saved = opened.samples, opened.saved
     if "evaluation" not in samples or "select" not in samples:
-        return None, None
+        return None, None, None
     target = backends[0].name if backends else None
     outputs = _fp32_outputs(opened.source, saved["evaluation"], folder, checks, place, target)
     metric = metrics.resolve(recipe.data.metric, samples["evaluation"], outputs)
     # The evaluation samples are the select samples and then the confirm samples, batch by batch.
-    first = outputs[: len(list(samples["select"]))]
-    found = [
-        Evaluation(metric, samples[role], saved[role], part, metric.score(part, samples[role], part))
-        for role, part in (("select", first), ("evaluation", outputs))
-    ]
-    check_original(found[1], recipe.data.expect)
-    return found[0], found[1]
+    count = len(list(samples["select"]))
+    parts = {"select": outputs[:count], "evaluation": outputs, "confirm": outputs[count:]}
+    found = {
+        role: Evaluation(metric, samples[role], saved[role], part, metric.score(part, samples[role], part))
+        for role, part in parts.items()
+        if role in samples
+    }
+    check_original(found["evaluation"], recipe.data.expect)
+    return found["select"], found["evaluation"], found.get("confirm")
 
 
 def _fp32_outputs(

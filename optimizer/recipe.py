@@ -85,6 +85,13 @@ Fraction = Annotated[
 ]
 Names = Annotated[list[str], BeforeValidator(_names, json_schema_input_type=list[str] | str)]
 
+Objective = Literal["inferences-per-joule", "latency", "throughput", "size"]
+"""What a search makes as good as it can. The first stands for what decides on that device: CPU seconds an inference on CPUs,
+joules on GPUs whose own were counted."""
+Objectives = Annotated[
+    list[Objective], Field(min_length=1), BeforeValidator(_names, json_schema_input_type=list[Objective] | Objective)
+]
+
 
 class Section(BaseModel):
     """Base of all recipe sections: frozen, unknown keys forbidden, types as written (`yes` is no number)."""
@@ -119,6 +126,9 @@ class DataSection(Section):
     calibrate: str | None = Field(None, description="Samples to calibrate on (no labels needed).")
     eval: str | None = Field(None, description="Labelled samples that accuracy is judged on.")
     train: str | None = Field(None, description="Samples that passes may learn from.")
+    confirm: str | None = Field(
+        None, description="Labelled samples that the answer is confirmed on, and nothing else is."
+    )
     image: int | list[int] | None = Field(None, description="Image size fed to the model: side, or [height, width].")
     resize: int | None = Field(None, description="Shorter side before the centre crop to `image`.")
     normalize: str | None = Field(None, description="imagenet, cifar10, unit, none, or mean,…/std,… of 0..1 values.")
@@ -136,7 +146,10 @@ class Budget(Section):
     p99_ms: Milliseconds | None = Field(None, description="Latency that 99 % of calls must stay under.")
     min_gain: Fraction = Field(0.03, description="Least gain worth shipping, as 3% or 0.03.")
     memory: Bytes | None = Field(None, description="Resident memory that the program may take, as 500MB, 2GiB.")
-    time: Seconds | None = Field(None, description="Time budget of the whole run, as 90s, 10m, 1h.")
+    size: Bytes | None = Field(None, description="What the model's weights may take, as 5MB.")
+    time: Seconds | None = Field(
+        None, description="Time budget of the whole run, as 90s, 10m, 1h; from 2m on it is spent on a search."
+    )
     prove_accuracy: bool = Field(False, description="The interval's bound must hold the budget, not the estimate.")
 
 
@@ -155,6 +168,16 @@ class TargetSection(Section):
     )
     allow_power_control: bool = Field(False, description="The search may set a GPU's power limit and clock.")
     tune: bool = Field(True, description="Search for the operating point that costs least: what is left open here.")
+
+
+class SearchSection(Section):
+    """How to search, where there is time to (`budget.time` from 2m on) or a number of trials is given."""
+
+    objective: Objectives = Field(
+        ["inferences-per-joule"],
+        description="What to make as good as can be; of several, the first picks what is shipped.",
+    )
+    trials: int | None = Field(None, ge=0, description="At most so many trials; 0: no search.")
 
 
 class PassStep(Section):
@@ -209,12 +232,15 @@ class Recipe(Section):
     budget: Budget = Field(default_factory=Budget)
     passes: Annotated[Literal["default"] | list[PassStep | OneOf], BeforeValidator(_steps)] = "default"
     target: TargetSection = Field(default_factory=TargetSection)
+    search: SearchSection = Field(default_factory=SearchSection)
     seed: int = 0
 
     @model_validator(mode="after")
     def _one_way_of_giving_data(self) -> Recipe:
         if self.data.all and (self.data.calibrate or self.data.eval):
             raise ValueError("data.all is for one set that serves everything: give it alone, or calibrate and eval")
+        if self.data.confirm and not (self.data.all or self.data.eval or self.data.calibrate):
+            raise ValueError("data.confirm is for confirming what was chosen: give data.eval to choose by, too")
         return self
 
     @model_serializer(mode="wrap")

@@ -84,6 +84,20 @@ class AccuracyReport(_Part):
     original_as_run: float | None = Field(None, description="The original at the backend's own precision.")
 
 
+class RunCostReport(_Part):
+    """What the run itself took on the machine that compiled."""
+
+    seconds: float
+    cpu_s: float = Field(description="User + system seconds of all its processes.")
+    energy_j: float | None
+    method: Literal["metered", "counter", "modelled", "unavailable"]
+    boundary: Literal["device", "package", "package+dram", "host", "wall"] | None
+    pays_back_after: int | None = Field(
+        description="Inferences of the shipped program that save what the run took; null where it saves nothing."
+    )
+    pays_back_in: str | None = Field(description="What was compared: joules, or CPU seconds.")
+
+
 class EagerReport(_Part):
     """torch eager in float32, measured in the same rounds, at the same batch."""
 
@@ -137,6 +151,57 @@ class PassReport(_Part):
     behind: list[str] = Field([], description="Lossy passes that had changed the model it was given.")
 
 
+class DropFigure(_Part):
+    """Accuracy that is lost: points for fractions, metric units otherwise; positive is worse. 95 % paired interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int = Field(description="Samples that it was judged on: those to choose by.")
+
+
+class ChangeReport(_Part):
+    """What one model is, divided by another. What is not known is null, and `reason` says why."""
+
+    cost: RatioFigure = Field(description="In what `cost_is` names.")
+    latency_p50_ms: RatioFigure
+    size_bytes: RatioFigure = Field(description="Of the weights.")
+    drop: DropFigure | None
+    reason: str | None
+
+
+class ShareReport(_Part):
+    """What one pass brings, all its rows together."""
+
+    name: str
+    settings: list[dict[str, Any]] = Field(description="Of each row of that name that changed something.")
+    prefix: ChangeReport = Field(
+        description="The model after the pass ÷ before it, in the order of the pipeline. They multiply to `whole`."
+    )
+    alone_out: ChangeReport = Field(description="The winner ÷ the same pipeline without this pass.")
+    verdict: Literal["earns its keep", "for accuracy", "brings nothing", "costs", "not known"]
+    why: str
+    needed_by: list[str] = Field(description="Passes that nothing comes of where this one is left out.")
+
+
+class AccountReport(_Part):
+    """What each pass of the winner brings, at the winner's operating point on its backend."""
+
+    cost_is: str = Field(description="What a cost is: CPU seconds, seconds or joules per inference.")
+    whole: ChangeReport = Field(description="The winner ÷ the original's graph at the winner's operating point.")
+    point: ChangeReport | None = Field(
+        description="The original's graph at the winner's operating point ÷ the original as it runs best; null where "
+        "that is the same."
+    )
+    shares: list[ShareReport]
+    droppable: list[str] = Field(description="Passes that bring nothing; they were left out together.")
+    without_them: ChangeReport | None = Field(description="The winner without `droppable` ÷ the winner.")
+    dropped: bool = Field(description="Whether what ships is the winner without them.")
+    decision: str = Field(description="Why.")
+    notes: list[str]
+    seconds: float
+
+
 class Report(_Part):
     """Everything about one run."""
 
@@ -168,6 +233,14 @@ class Report(_Part):
         description="seconds, and every operating point that was measured for the shipped graph: operating_point, "
         "settings, figures, ratios to the start, peak_memory_bytes, reason why it may not win.",
     )
+    search: dict[str, Any] | None = Field(
+        None,
+        description="What a search tried: ended (why), seconds, choices, objectives, trials (number, round, choice, why, status, "
+        "reason, ratios to the original, objectives, drop and n on the samples to choose by, p99_ms, memory_bytes, size_bytes, "
+        "missed constraints, digest, seconds), front (numbers of the trials that no other beats in cost and accuracy), shipped.",
+    )
+    run_cost: RunCostReport | None = Field(None, description="What the run itself took, and when that is won back.")
+    account: AccountReport | None = Field(None, description="What each pass of the winner brings.")
     torch_eager: EagerReport | None
     passes: list[PassReport]
     candidates: list[CandidateReport]

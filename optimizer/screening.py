@@ -141,7 +141,7 @@ class Screening:
         for backend in self.backends:
             if backend.name in gone or (backend.spare and backend != first.backend):
                 continue
-            for precision in self._precisions(backend):
+            for precision in self.precisions(backend):
                 if backend == first.backend and precision == first.point.floating_precision:
                     continue
                 other = self.original(backend, precision)
@@ -176,7 +176,7 @@ class Screening:
         self._rebase(best, first, others)
         return best, self.setup.open("original", best), [first, *refused, *others]
 
-    def _precisions(self, backend: Backend) -> list[str]:
+    def precisions(self, backend: Backend) -> list[str]:
         """The floating precisions that may be tried there: without samples to judge accuracy on, none below the
         backend's own default."""
         default, *others = backend.capabilities.floating_precisions
@@ -222,7 +222,7 @@ class Screening:
         seen = {(c.backend.name, self.source.digest(), c.point.floating_precision) for c in originals}
         found = []
         for backend in self.backends:
-            precisions = self._precisions(backend)
+            precisions = self.precisions(backend)
             for branch in branches.get(backend.name, []):
                 for precision in precisions:
                     key = (backend.name, branch.artifact.digest(), precision)

@@ -44,7 +44,8 @@ CLOSE = 1.15
 @dataclass
 class Result:
     """What the study found. `sides` are still open: original first, then by label; the caller closes them. `front` has
-    the operating points that were measured for the winner's graph; None where none were."""
+    the operating points that were measured for the winner's graph; None where none were. `search`: what a search tried, as plain
+    data; None where there was none."""
 
     outcome: Literal["optimized", "unchanged", "budget_not_met"]
     reason: str
@@ -57,6 +58,7 @@ class Result:
     score: metrics.Score | None = None
     original_as_run: float | None = None
     front: Front | None = None
+    search: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -106,12 +108,19 @@ class Study:
             self.screening.close()
         for candidate in found:
             self.screening.permit(candidate, baseline)
+        every = [branch for found_there in branches.values() for branch in found_there]
         hopeful = sorted((c for c in found if c.verdict != "rejected" and gain_of(c).value), key=cost_of)
-        chosen = self._tuned(baseline, hopeful)
+        return self.decide(baseline, originals, every, found, self.tuned(baseline, hopeful))
+
+    def decide(
+        self, baseline: Candidate, originals: Sequence[Candidate], branches: Sequence[Branch],
+        found: Sequence[Candidate], chosen: Sequence[Candidate],
+    ) -> Result:  # fmt: skip
+        """Measure again what was `chosen`, best first, in fresh processes, until one holds; the answer, with the ledger of all
+        `branches`. `found`: every other candidate that there was."""
         considered = [*(o for o in originals if o is not baseline), *found, *(c for c in chosen if c not in found)]
         result = self._final(baseline, chosen, considered)
-        every = [branch for found_there in branches.values() for branch in found_there]
-        result.rows = ledger(every, result.winner, [*found, *chosen])
+        result.rows = ledger(branches, result.winner, [*found, *chosen])
         result.front = next((front for c, front in self.fronts if _same_program(c, result.winner)), None)
         result.notes = [*self.screening.notes, *self.notes, *result.notes]
         late = sum(row.reason == OUT_OF_TIME for row in result.rows)
@@ -124,7 +133,7 @@ class Study:
 
     # Operating points -------------------------------------------------------------------------------------------
 
-    def _tuned(self, baseline: Candidate, hopeful: Sequence[Candidate]) -> list[Candidate]:
+    def tuned(self, baseline: Candidate, hopeful: Sequence[Candidate]) -> list[Candidate]:
         """What to measure again, best first: the hopeful ones, the best of them at tuned operating points, and the
         original's graph at the point that was found."""
         if self.plan is None or self._out_of_time():
@@ -255,6 +264,9 @@ class Study:
             return self.judge.late_words(p99_ms(side))
         if self.judge.too_big(side.peak_memory_bytes):
             return self.judge.big_words(side.peak_memory_bytes)
+        if self.judge.budget.size is not None and result.winner.branch.artifact.size_bytes() > self.judge.budget.size:
+            size = result.winner.branch.artifact.size_bytes()
+            return f"weights take {size / 1e6:.1f} MB, {self.judge.budget.size / 1e6:.1f} MB are allowed"
         changed = result.winner is not result.baseline
         if result.comparison is not None and self.judge.too_much(result.comparison, final=changed):
             return self.judge.drop_words(result.comparison)

@@ -139,6 +139,7 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
         }
 
     label = "optimized" if "optimized" in sides else "original"
+    first, last = side_figures("original", baseline_accuracy), side_figures(label, score)
     # Where the shipped graph is the original's own, the graph's share of the gain is none.
     same_graph = result.winner.branch is result.baseline.branch
     graph_base = label if same_graph else AT_POINT if AT_POINT in sides else "original"
@@ -152,8 +153,8 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
             "reason": result.reason,
             "model": _model_facts(run),
             "target": _target_facts(run, shipped),
-            "original": side_figures("original", baseline_accuracy),
-            "optimized": side_figures(label, score),
+            "original": first,
+            "optimized": last,
             "ratio": _ratio_figures(shipped, original, sizes, peaks, label, "original", score, baseline_accuracy),
             "ratio_graph": _ratio_figures(
                 shipped, sides[graph_base], sizes, peaks, label, graph_base, score, baseline_accuracy
@@ -161,6 +162,8 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
             "accuracy": _accuracy(run) if comparison is not None else None,
             "ratio_point": _point_figures(sides, sizes, peaks, label, same_graph, score, baseline_accuracy),
             "tuning": _tuning(result),
+            "search": result.search,
+            "run_cost": run.charge.total(first, last).to_json(),
             "torch_eager": _eager(sides, shipped),
             "passes": [row.to_json() for row in run.rows],
             "candidates": [_candidate(c) for c in result.candidates],
@@ -179,7 +182,7 @@ def data_facts(run: Run) -> dict[str, Any]:
     real = bool(roles.sources) or roles.calibrate is not None or roles.select is not None
     return {
         "synthetic": not real,
-        "samples": {role: len(found) for role, found in samples.items() if role not in ("check", "timing")},
+        "samples": {role: len(found) for role, found in samples.items() if role not in ("check", "timing", "confirm")},
         "unseen": len(roles.confirm) if roles.confirm is not None else 0,
         "metric": run.recipe.data.metric,
     }

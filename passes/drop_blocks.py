@@ -64,6 +64,9 @@ class DropBlocks(Pass):
     stage: ClassVar[Stage] = Stage.PRUNE
     tolerance: ClassVar[Tolerance | None] = None
     measures: ClassVar[bool] = True
+    in_search: ClassVar[bool] = True
+    searched: ClassVar = {"ratio": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)}
+    gradual: ClassVar[str | None] = "ratio"
 
     blocks: int | None = None
     ratio: float = 0.3

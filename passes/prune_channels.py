@@ -69,6 +69,8 @@ class PruneChannels(Pass):
     depends_on_target: ClassVar[bool] = True
     measures: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("drop-blocks",)
+    in_search: ClassVar[bool] = True
+    searched: ClassVar = {"ratio": (0.15, 0.3, 0.45, 0.6)}
 
     ratio: float = 0.3
     allocation: Literal["global", "uniform"] = "global"

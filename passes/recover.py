@@ -49,6 +49,7 @@ class Recover(Pass):
     stage: ClassVar[Stage] = Stage.PRUNE
     tolerance: ClassVar[Tolerance | None] = None
     mends: ClassVar[bool] = True
+    in_search: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = LOSSY
 
     minutes: float = 5.0

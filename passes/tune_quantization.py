@@ -57,6 +57,7 @@ class TuneQuantization(Pass):
     stage: ClassVar[Stage] = Stage.PRECISION
     tolerance: ClassVar[Tolerance | None] = None
     mends: ClassVar[bool] = True
+    in_search: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("quantize-int8", "assign-precision", "quantize-weights")
 
     minutes: float = 5.0

@@ -11,16 +11,17 @@ from perwatt.recipe import OneOf, PassStep, Recipe, dump, load, parse
 FULL = {
     "model": {"path": "m.pt", "arch": "net.py:net", "arch_args": {"k": 3}, "input": ["x:float32[3]"], "trust": True},
     "data": {
-        "calibrate": "train/", "eval": "val/", "train": "train/", "image": [32, 48], "resize": 40,
+        "calibrate": "train/", "eval": "val/", "train": "train/", "confirm": "held/", "image": [32, 48], "resize": 40,
         "normalize": "imagenet", "text": ["a", "b"], "label": "c", "metric": "top1", "expect": 91.6, "max_samples": 100,
     },
     "inputs": {"x": {"dtype": "uint8", "layout": "NHWC", "scale": 0.5, "mean": [1.0, 2.0], "std": 3.0}},
     "budget": {"max_drop": 0.5, "p99_ms": 20.0, "min_gain": 0.05, "time": 600.0, "prove_accuracy": True,
-               "memory": 500_000_000},
+               "memory": 500_000_000, "size": 5_000_000},
     "passes": ["fold-batchnorm", {"quantize-int8": {"exclude": ["/a/*"]}},
                {"one-of": ["cast-half", {"quantize-int8": {"subset_size": 8}}]}],
     "target": {"name": "cpu", "threads": 2, "scenario": "offline", "batch": 32, "precision": "f32", "tune": False, "on": "ssh://me@there",
                "allow_power_control": False},
+    "search": {"objective": ["latency", "size"], "trials": 40},
     "seed": 7,
 }  # fmt: skip
 MODEL = {"model": {"path": "m.pt"}}

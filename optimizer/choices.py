@@ -1,0 +1,321 @@
+"""What a search chooses from: decisions made of a recipe's passes, and the steps that each choice stands for.
+
+Lossless passes are taken as they come. Every lossy pass is a decision: left out, or put in with one of the values that it says
+may be searched (`Pass.searched`). Alternatives (`one-of`) are one decision. What goes gradually (`Pass.gradual`) goes in
+rounds, with a pass that mends after each: a network that lost a tenth is taught back in a fraction of the time of one that lost
+half, and a choice that takes more away begins with what one that takes less has learnt.
+
+    drop-blocks 0.2, learn usual   →   drop-blocks(0.1), recover, drop-blocks(0.111), recover
+
+Decisions that make no difference to a choice are set to their first value (`Space.canonical`), so that two ways of saying the
+same are one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from perwatt import registry
+from perwatt.contract import Pass, Stage
+from perwatt.recipe import OneOf, PassStep
+
+Kind = Literal["ordered", "categorical"]
+Values = Mapping[str, int]
+"""Name of each decision → index of the value that it has."""
+
+BACKEND, FLOATING, PRECISION, ORDER, LEARN = "backend", "floating precision", "precision", "order", "learn"
+LONGER = 3.0
+"""Learning `long`: so many times the usual minutes in the last round."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One thing to decide. `values`: in words, the first one is what happens where nothing is decided. `ordered`: the more to
+    the right, the more is taken away."""
+
+    name: str
+    values: tuple[str, ...]
+    kind: Kind = "categorical"
+
+
+@dataclass(frozen=True)
+class _Removal:
+    """A lossy pass that is put in or left out; `options`: its settings for each value but the first, which leaves it out."""
+
+    step: PassStep
+    options: tuple[dict[str, Any], ...]
+    gradual: str | None
+
+
+@dataclass(frozen=True)
+class Space:
+    """All choices: `decisions`, and how they become steps. `before` and `after`: lossless passes before pruning and behind it;
+    `tidy`: those at the very end."""
+
+    decisions: tuple[Decision, ...]
+    before: tuple[PassStep, ...] = ()
+    removals: tuple[_Removal, ...] = ()
+    mending: PassStep | None = None
+    after: tuple[PassStep, ...] = ()
+    alternatives: tuple[PassStep | None, ...] = (None,)
+    tuning: PassStep | None = None
+    tidy: tuple[PassStep, ...] = ()
+    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    # Choices ----------------------------------------------------------------------------------------------------------
+
+    def count(self) -> int:
+        """How many choices there are, those that come to the same counted once each time."""
+        total = 1
+        for decision in self.decisions:
+            total *= len(decision.values)
+        return total
+
+    def usual(self) -> dict[str, int]:
+        """The choice where nothing is decided: the lossless passes."""
+        return {decision.name: 0 for decision in self.decisions}
+
+    def all(self) -> Iterator[dict[str, int]]:
+        """Every choice, in canonical form, each once."""
+        seen = set()
+        for indices in itertools.product(*(range(len(decision.values)) for decision in self.decisions)):
+            values = self.canonical(dict(zip((d.name for d in self.decisions), indices, strict=True)))
+            key = tuple(values.values())
+            if key not in seen:
+                seen.add(key)
+                yield values
+
+    def canonical(self, values: Values) -> dict[str, int]:
+        """The same choice with what makes no difference set to its first value."""
+        found = {d.name: min(max(0, int(values.get(d.name, 0))), len(d.values) - 1) for d in self.decisions}
+        removed = [one for one in self.removals if found[one.step.name]]
+        if len(removed) < 2 and ORDER in found:
+            found[ORDER] = 0
+        if not removed and LEARN in found:
+            found[LEARN] = 0
+        if self.tuning is not None and self.alternatives[found.get(PRECISION, 0)] is None:
+            found[self.tuning.name] = 0
+        if FLOATING in found and self._floating(found) is None:
+            floating = next(d for d in self.decisions if d.name == FLOATING)
+            found[FLOATING] = floating.values.index(self.places[self._words(BACKEND, found)][0])
+        return found
+
+    def at_home(self, values: Values) -> dict[str, int]:
+        """The same choice in its backend's own floating precision."""
+        found = dict(values)
+        decision = next((d for d in self.decisions if d.name == FLOATING), None)
+        if decision is not None:
+            found[FLOATING] = decision.values.index(self.places[self._words(BACKEND, values)][0])
+        return self.canonical(found)
+
+    def where(self, values: Values) -> tuple[str, str]:
+        """Backend and floating precision."""
+        backend = self._words(BACKEND, values)
+        return backend, self._floating(values) or self.places[backend][0]
+
+    def _floating(self, values: Values) -> str | None:
+        """The floating precision, where this backend has it."""
+        wanted = self._words(FLOATING, values)
+        offered = self.places[self._words(BACKEND, values)]
+        return wanted if wanted in offered else None
+
+    def _words(self, name: str, values: Values) -> str:
+        decision = next((d for d in self.decisions if d.name == name), None)
+        if decision is None:
+            first = next(iter(self.places))
+            return first if name == BACKEND else self.places[first][0]
+        return decision.values[values.get(name, 0)]
+
+    def words(self, values: Values) -> str:
+        """`drop-blocks 0.2, learn long, quantize-int8 on openvino in f32`."""
+        found = self.canonical(values)
+        said = []
+        for decision in self.decisions:
+            if decision.name in (BACKEND, FLOATING) or not found[decision.name]:
+                continue
+            value = decision.values[found[decision.name]]
+            said.append(value if decision.name == PRECISION else f"{decision.name} {value}")
+        backend, floating = self.where(found)
+        return f"{', '.join(said) or 'lossless passes'} on {backend} in {floating}"
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def steps(self, values: Values, minutes: float | None = None) -> list[PassStep]:
+        """The passes of a choice, in order. `minutes`: the usual time for each round of learning; None leaves it to the pass."""
+        found = self.canonical(values)
+        made = [*self.before, *self._pruned(found, minutes), *self.after]
+        alternative = self.alternatives[found.get(PRECISION, 0)]
+        if alternative is not None:
+            made.append(alternative)
+        if self.tuning is not None and found[self.tuning.name]:
+            made.append(_with_minutes(self.tuning, minutes))
+        return [*made, *self.tidy]
+
+    def _pruned(self, values: Values, minutes: float | None) -> Iterator[PassStep]:
+        removals = [one for one in self.removals if values[one.step.name]]
+        if values.get(ORDER):
+            removals.reverse()
+        rounds = max((len(_gradually(one, values[one.step.name])) for one in removals), default=0)
+        if self.mending is None:
+            for one in removals:
+                yield _with(one.step, one.options[values[one.step.name] - 1])
+            return
+        for number in range(rounds):
+            for one in removals:
+                # All of them end in the last round: what goes at once goes there, with the most to learn from behind it.
+                shares = _gradually(one, values[one.step.name])
+                position = number - (rounds - len(shares))
+                if position >= 0:
+                    yield _with(one.step, shares[position])
+            last = number == rounds - 1
+            longer = LONGER if last and values.get(LEARN) else 1.0
+            yield _with_minutes(self.mending, None if minutes is None else round(minutes * longer, 3))
+
+    def learns(self, values: Values) -> int:
+        """How many times a choice learns."""
+        mending = [one.name for one in (self.mending, self.tuning) if one is not None]
+        return sum(step.name in mending for step in self.steps(values))
+
+    def lighter(self, values: Values, other: Values) -> bool:
+        """Whether `other` takes away what `values` does and nothing more, and at least one thing less. What it loses, `values`
+        will hardly win back."""
+        less = False
+        for decision in self.decisions:
+            ours, theirs = values[decision.name], other[decision.name]
+            if decision.kind == "ordered":
+                if theirs > ours or (theirs == 0) != (ours == 0):
+                    return False
+                less = less or theirs < ours
+            elif ours != theirs:
+                return False
+        return less
+
+
+def _gradually(one: _Removal, index: int) -> list[dict[str, Any]]:
+    """The settings of each round, up to the value at `index`."""
+    if one.gradual is None:
+        return [one.options[index - 1]]
+    rounds, before = [], 0.0
+    for options in one.options[:index]:
+        amount = float(options[one.gradual])
+        # Of what is left: a tenth of the whole is more of what nine tenths are.
+        rounds.append({**options, one.gradual: round((amount - before) / (1 - before), 4)})
+        before = amount
+    return rounds
+
+
+def _with(step: PassStep, settings: Mapping[str, Any]) -> PassStep:
+    return PassStep(name=step.name, settings={**settings, **step.settings})
+
+
+def _with_minutes(step: PassStep, minutes: float | None) -> PassStep:
+    fixed = minutes is None or {"minutes", "steps"} & set(step.settings)
+    return step if fixed else PassStep(name=step.name, settings={**step.settings, "minutes": minutes})
+
+
+# From a recipe ------------------------------------------------------------------------------------------------------------
+
+
+def steps_to_search(learning: bool, judged: bool) -> list[PassStep | OneOf]:
+    """The default passes of a search: those of the default pipeline, and those that are for searches (`Pass.in_search`).
+    `learning`: there are samples to learn from; `judged`: and some to judge accuracy by."""
+    wanted = []
+    for name, cls in registry.loadable_passes().items():
+        needed = judged if cls.tolerance is None else True
+        if cls.in_search and needed and (learning or not cls.mends):
+            wanted.append(f"+{name}")
+    steps = registry.default_steps(False)
+    return registry.edit_steps(steps, ",".join(wanted)) if wanted else steps
+
+
+def space(steps: Sequence[PassStep | OneOf], places: Mapping[str, Sequence[str]]) -> Space:
+    """The space of a recipe's steps. `places`: backends, the best first → floating precisions, its default first."""
+    found: dict[str, Any] = {"before": [], "removals": [], "after": [], "tidy": [], "mending": None, "tuning": None}
+    alternatives: list[PassStep | None] = [None]
+    for step in steps:
+        if isinstance(step, OneOf):
+            alternatives += [one for each in step.steps for one in _spelt_out(each)]
+            continue
+        cls = registry.pass_class(step.name)
+        if cls.tolerance is not None:
+            late = "tidy" if len(alternatives) > 1 else "after" if found["removals"] else "before"
+            found[late].append(step)
+        elif cls.mends:
+            found["tuning" if len(alternatives) > 1 or cls.stage is Stage.PRECISION else "mending"] = step
+        elif cls.stage is Stage.PRECISION:
+            alternatives += _spelt_out(step)
+        else:
+            options = tuple(_options(cls, step.settings)) or ({},)
+            found["removals"].append(_Removal(step, options, cls.gradual if cls.gradual not in step.settings else None))
+    if not found["removals"]:
+        found["mending"] = None
+    if len(alternatives) == 1:
+        found["tuning"] = None
+    decisions = tuple(_decisions(found, alternatives, places))
+    return Space(
+        decisions, tuple(found["before"]), tuple(found["removals"]), found["mending"], tuple(found["after"]),
+        tuple(alternatives), found["tuning"], tuple(found["tidy"]), {name: tuple(offered) for name, offered in places.items()},
+    )  # fmt: skip
+
+
+def _decisions(
+    found: Mapping[str, Any], alternatives: Sequence[PassStep | None], places: Mapping[str, Sequence[str]]
+) -> Iterator[Decision]:
+    if len(places) > 1:
+        yield Decision(BACKEND, tuple(places))
+    floating = tuple(dict.fromkeys(one for offered in places.values() for one in offered))
+    if len(floating) > 1:
+        yield Decision(FLOATING, floating)
+    for one in found["removals"]:
+        told = tuple(_told(options) for options in one.options)
+        amounts = all(len(options) == 1 and _is_number(*options.values()) for options in one.options)
+        yield Decision(one.step.name, ("none", *told), "ordered" if amounts else "categorical")
+    if len(found["removals"]) > 1:
+        names = [one.step.name for one in found["removals"]]
+        yield Decision(ORDER, (" before ".join(names), " before ".join(reversed(names))))
+    if found["mending"] is not None and not {"minutes", "steps"} & set(found["mending"].settings):
+        yield Decision(LEARN, ("usual", "long"))
+    if len(alternatives) > 1:
+        yield Decision(PRECISION, ("none", *(_step_words(one) for one in alternatives if one is not None)))
+    if found["tuning"] is not None:
+        yield Decision(found["tuning"].name, ("no", "yes"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _spelt_out(step: PassStep) -> list[PassStep]:
+    """A pass with each of the settings that may be searched and that the recipe leaves open."""
+    cls = registry.pass_class(step.name)
+    options = list(_options(cls, step.settings)) or [{}]
+    return [PassStep(name=step.name, settings={**step.settings, **one}) for one in options]
+
+
+def _options(cls: type[Pass], fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values that a pass says may be searched, but for settings that are fixed."""
+    if not cls.searched:
+        return
+    open_ = {name: values for name, values in cls.searched.items() if name not in fixed}
+    for values in itertools.product(*open_.values()):
+        yield dict(zip(open_, values, strict=True))
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in settings.values()) or "yes"
+
+
+def _step_words(step: PassStep) -> str:
+    """`quantize-int8 (operators: all)`."""
+    said = ", ".join(
+        f"{key.replace('_', ' ')}: {value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in step.settings.items()
+    )
+    return f"{step.name} ({said})" if said else step.name
+
+
+__all__ = ["Decision", "Space", "Values", "space", "steps_to_search"]

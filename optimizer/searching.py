@@ -1,0 +1,246 @@
+"""A search of one run: the time of the budget spent where it buys most, and an answer at every moment.
+
+    original on its best backend → rounds of trials → the best of them tuned → measured again, confirmed on unseen samples
+
+Whenever a round finds what is better than the bundle that there is, it is measured again in fresh processes, confirmed on
+samples that no trial saw, and written as a whole bundle: whoever stops the search has the best so far. Trials are kept in a
+log (`search_log`) and passes in a store (`step_store`), both under the user's cache folder, so that the same command goes on
+where it was stopped or killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perwatt import choices
+from perwatt.backends import Backend
+from perwatt.candidates import Branch, Candidate
+from perwatt.choices import Space, Values
+from perwatt.contract import OperatingPoint
+from perwatt.judging import p99_ms
+from perwatt.measuring import Effort
+from perwatt.pipeline import Pipeline
+from perwatt.preparation import Prepared
+from perwatt.recipe import OneOf, PassStep, Recipe
+from perwatt.search import Search
+from perwatt.search_log import Log, Trial, front
+from perwatt.study import Result, Study
+from perwatt.trials import Trials
+
+FROM_S = 120.0
+"""A time budget from here on is spent on a search; less is what the plain pipeline takes."""
+SEARCH_SHARE = 0.75
+"""Of the time budget: when no further trial is begun. The rest tunes the answer, accounts for it and measures it again."""
+LEARN_SHARE, ROUNDS_OF_LEARNING = 0.6, 4
+"""Of the search's time, what the expected number of rounds of learning may take together."""
+LEAST_MINUTES, MOST_MINUTES = 0.1, 5.0
+PROMOTION = Effort(max_s=5.0, tight=0.02)
+"""How long a best so far is measured before it is written: the last one is measured as long as any answer."""
+LEDGER = 8
+"""Choices besides the answer whose passes the ledger tells of: the cheapest."""
+
+
+def wanted(recipe: Recipe) -> bool:
+    """Whether the recipe asks for a search: by a number of trials, or by a time that is worth it."""
+    if recipe.search.trials is not None:
+        return recipe.search.trials > 0
+    return recipe.budget.time is not None and recipe.budget.time >= FROM_S
+
+
+def steps_for(recipe: Recipe, prepared: Prepared, steps: Sequence[PassStep | OneOf]) -> list[PassStep | OneOf]:
+    """What is searched over: the recipe's own steps, or, where it leaves them to us, all that a search may use."""
+    if recipe.passes != "default":
+        return list(steps)
+    learning = prepared.roles.learn or prepared.roles.calibrate
+    return choices.steps_to_search(learning is not None, prepared.select is not None)
+
+
+def log_path(folder: Path, recipe: Recipe, prepared: Prepared, machine: dict[str, Any]) -> Path:
+    """Where the trials of this search are kept: by the model, its data, what was asked for, and where it is measured. Time is
+    not part of it: a longer search goes on where a shorter one ended."""
+    plain = recipe.model_dump(mode="json")
+    plain["budget"]["time"] = plain["search"]["trials"] = None
+    facts = {
+        "recipe": {name: plain[name] for name in ("inputs", "budget", "passes", "target", "search", "seed")},
+        "data": sorted(prepared.roles.sources.values()),
+        "model": prepared.source.digest(),
+        "backends": {backend.name: backend.versions for backend in prepared.backends},
+        "machine": machine["fingerprint"],
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    return folder / key / "search.sqlite"
+
+
+@dataclass
+class Searching:
+    """One search. `pipeline_for` gives the passes of a backend, `write` a bundle of a result; `deadline` is when no further trial
+    is begun, in `time.monotonic()` seconds."""
+
+    recipe: Recipe
+    study: Study
+    steps: Sequence[PassStep | OneOf]
+    prepared: Prepared
+    pipeline_for: Callable[[Backend], Pipeline]
+    point: OperatingPoint
+    log: Path
+    write: Callable[[Result], object]
+    deadline: float | None = None
+    progress: Callable[[float, str], None] = lambda share, text: None
+    shipped_cost: float = 1.0
+    started: float = field(default_factory=time.monotonic)
+
+    def run(self) -> Result:
+        """Search, and decide. Ctrl-C ends the search, not the run: the best so far is measured and returned."""
+        study = self.study
+        study.progress(0.0, "the original")
+        baseline, side, originals = study.screening.choose_baseline()
+        try:
+            backends = study.screening.worth_it(baseline, originals)
+            space = choices.space(self.steps, {b.name: study.screening.precisions(b) for b in backends})
+            self._open(space, backends, baseline, side, originals)
+            try:
+                why = self.search.run()
+            except KeyboardInterrupt:
+                why = "stopped by Ctrl-C"
+            baseline.p99_ms = baseline.p99_ms or p99_ms(side)
+        finally:
+            side.close()
+            study.screening.close()
+        try:
+            return self._answer(why)
+        finally:
+            self.search.log.close()
+
+    def _open(
+        self, space: Space, backends: Sequence[Backend], baseline: Candidate, side: Any, originals: list[Candidate]
+    ) -> None:
+        self.space, self.baseline, self.originals = space, baseline, originals
+        self.trials = Trials(
+            space,
+            {backend.name: self.pipeline_for(backend) for backend in backends},
+            {backend.name: backend for backend in backends},
+            self.prepared.source,
+            self.study.screening,
+            baseline,
+            side,
+            self.point,
+            self.recipe.search.objective,
+            self._minutes(),
+            self._affords,
+            lambda text: self.progress(self._share(), text),
+        )
+        log = Log(self.log, space, seed=self.recipe.seed, objectives=len(self.recipe.search.objective))
+        self.search = Search(space, log, self.trials.evaluate, stop=self._stop, after_round=self._after_round)
+
+    # Time -------------------------------------------------------------------------------------------------------------
+
+    def _minutes(self) -> float | None:
+        """For each round of learning; the pass's own where no time was given."""
+        if self.recipe.budget.time is None:
+            return None
+        minutes = SEARCH_SHARE * self.recipe.budget.time / 60 * LEARN_SHARE / ROUNDS_OF_LEARNING
+        return round(min(MOST_MINUTES, max(LEAST_MINUTES, minutes)), 2)
+
+    def _affords(self, values: Values) -> bool:
+        """Whether there is time for a trial."""
+        if self._stop() is not None:
+            return False
+        if self.deadline is None or not self.space.learns(values):
+            return True
+        # What it shares with others is learnt already: what is left is the last round.
+        longest = max(
+            (float(step.settings.get("minutes", 0.0)) for step in self.space.steps(values, self._minutes())),
+            default=0.0,
+        )
+        return time.monotonic() + 60 * longest < self.deadline
+
+    def _stop(self) -> str | None:
+        most = self.recipe.search.trials
+        if most is not None and len(self.search.log.told()) >= most:
+            return f"{most} trials were made"
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            return "the time is up"
+        return None
+
+    def _share(self) -> float:
+        if self.deadline is not None:
+            return min(1.0, (time.monotonic() - self.started) / max(1.0, self.deadline - self.started))
+        most = self.recipe.search.trials or 1
+        return min(1.0, len(self.search.log.told()) / most)
+
+    # The best so far ----------------------------------------------------------------------------------------------------
+
+    def _after_round(self, best: Trial | None) -> None:
+        """Measure again and write what is clearly better than the bundle that there is."""
+        while best is not None and best.outcome is not None:
+            gain = self.shipped_cost / best.outcome.cost
+            if gain < 1 + self.recipe.budget.min_gain:
+                return
+            if self._promoted(best):
+                self.shipped_cost = best.outcome.cost
+                return
+            self.search.given_up.add(best.number)
+            best = self.search.best()
+
+    def _promoted(self, best: Trial) -> bool:
+        candidate = self.trials.candidate(best)
+        self.progress(self._share(), f"measuring the best so far: {candidate.name}")
+        kept, self.study.effort = self.study.effort, PROMOTION
+        try:
+            result = self.study.decide(self.baseline, self.originals, [candidate.branch], [], [candidate])
+        finally:
+            self.study.effort = kept
+        try:
+            holds = result.winner is candidate
+            if holds:
+                self.write(result)
+            return holds
+        finally:
+            _close(result)
+
+    # The answer -----------------------------------------------------------------------------------------------------------
+
+    def _answer(self, why: str) -> Result:
+        told = self.search.log.told()
+        ranking = self.search.ranking(told)
+        hopeful = [
+            self.trials.candidate(trial) for trial in ranking[:LEDGER] if trial.outcome and trial.outcome.cost < 1
+        ]
+        chosen = self.study.tuned(self.baseline, hopeful)
+        branches: list[Branch] = [candidate.branch for candidate in hopeful]
+        result = self.study.decide(self.baseline, self.originals, branches, hopeful, chosen)
+        result.search = {
+            "ended": why,
+            "seconds": round(time.monotonic() - self.started, 1),
+            "choices": self.space.count(),
+            "trials": [self._told(trial) for trial in told],
+            "front": [trial.number for trial in front(told)],
+            "shipped": result.winner.trial,
+            "objectives": list(self.recipe.search.objective),
+        }
+        return result
+
+    def _told(self, trial: Trial) -> dict[str, Any]:
+        assert trial.outcome is not None
+        plain = trial.outcome.to_json()
+        plain["ratios"] = {
+            name: dict(zip(("value", "low", "high"), three, strict=True)) for name, three in plain["ratios"].items()
+        }
+        return {
+            "number": trial.number,
+            "round": trial.round,
+            "choice": self.space.words(trial.values),
+            "why": trial.why,
+            **plain,
+        }
+
+
+def _close(result: Result) -> None:
+    for side in result.sides.values():
+        side.close()

@@ -1,0 +1,139 @@
+"""Choices of a search: which decisions a recipe's passes make, and which steps a choice stands for."""
+
+from __future__ import annotations
+
+import pytest
+
+from perwatt import choices, registry
+from perwatt.choices import Space
+from perwatt.recipe import OneOf, PassStep
+
+PLACES = {"openvino": ("bf16", "f32"), "onnxruntime": ("f32",)}
+
+
+def step(name: str, **settings: object) -> PassStep:
+    return PassStep(name=name, settings=settings)
+
+
+def pruning(*extra: PassStep | OneOf) -> Space:
+    steps = [step("fold-constants"), step("drop-blocks"), step("recover"), step("remove-dead"), *extra]
+    return choices.space(steps, PLACES)
+
+
+def names(space: Space, values: dict[str, int], minutes: float | None = None) -> list[str]:
+    return [one.name for one in space.steps(values, minutes)]
+
+
+def test_every_lossy_pass_and_every_alternative_is_a_decision() -> None:
+    space = pruning(step("prune-channels"), OneOf(steps=[step("cast-half"), step("quantize-int8")]))
+    assert [decision.name for decision in space.decisions] == [
+        "backend", "floating precision", "drop-blocks", "prune-channels", "order", "learn", "precision",
+    ]  # fmt: skip
+    blocks = next(d for d in space.decisions if d.name == "drop-blocks")
+    assert blocks.kind == "ordered" and blocks.values[:3] == ("none", "0.1", "0.2")
+    assert next(d for d in space.decisions if d.name == "precision").values == ("none", "cast-half", "quantize-int8")
+
+
+def test_without_a_choice_of_backend_and_precision_there_is_no_such_decision() -> None:
+    space = choices.space([step("drop-blocks", ratio=0.3)], {"openvino": ("f32",)})
+    assert [(d.name, d.values) for d in space.decisions] == [("drop-blocks", ("none", "yes"))]
+    assert space.where({}) == ("openvino", "f32")
+
+
+def test_the_usual_choice_is_the_lossless_passes() -> None:
+    space = pruning()
+    assert names(space, space.usual()) == ["fold-constants", "remove-dead"]
+
+
+def test_what_goes_gradually_is_taught_back_after_each_round() -> None:
+    space = pruning()
+    found = space.steps({**space.usual(), "drop-blocks": 3}, 2.0)
+    assert [one.name for one in found] == ["fold-constants", *["drop-blocks", "recover"] * 3, "remove-dead"]
+    ratios = [one.settings["ratio"] for one in found if one.name == "drop-blocks"]
+    kept = 1.0
+    for ratio in ratios:
+        kept *= 1 - ratio
+    assert kept == pytest.approx(0.7, abs=1e-3)
+    assert [one.settings["minutes"] for one in found if one.name == "recover"] == [2.0, 2.0, 2.0]
+
+
+def test_one_that_takes_more_begins_with_what_one_that_takes_less_has_learnt() -> None:
+    space = pruning()
+    less = space.steps({**space.usual(), "drop-blocks": 2}, 1.0)
+    more = space.steps({**space.usual(), "drop-blocks": 3, "learn": 1}, 1.0)
+    assert more[:5] == less[:5]
+    assert more[6].settings == {"minutes": 3.0}
+
+
+def test_without_anything_that_mends_it_goes_at_once() -> None:
+    space = choices.space([step("drop-blocks"), step("prune-channels")], PLACES)
+    found = space.steps({**space.usual(), "drop-blocks": 2, "prune-channels": 1, "order": 1})
+    assert [(one.name, one.settings["ratio"]) for one in found] == [("prune-channels", 0.15), ("drop-blocks", 0.2)]
+
+
+def test_what_goes_at_once_goes_in_the_last_round() -> None:
+    space = choices.space([step("drop-blocks"), step("prune-channels"), step("recover")], PLACES)
+    found = names(space, {**space.usual(), "drop-blocks": 2, "prune-channels": 1}, 1.0)
+    assert found == ["drop-blocks", "recover", "drop-blocks", "prune-channels", "recover"]
+
+
+def test_settings_of_the_recipe_are_not_searched() -> None:
+    space = choices.space([step("drop-blocks", blocks=4), step("recover", steps=10)], {"null": ("f32",)})
+    assert all(d.name != "learn" for d in space.decisions)
+    found = space.steps({**space.usual(), "drop-blocks": 1}, 3.0)
+    assert found[0].settings["blocks"] == 4 and found[-1].settings == {"steps": 10}
+
+
+def test_what_makes_no_difference_is_said_in_one_way() -> None:
+    space = pruning(step("prune-channels"), OneOf(steps=[step("quantize-int8")]), step("tune-quantization"))
+    plain = space.usual()
+    assert space.canonical({**plain, "order": 1, "learn": 1, "tune-quantization": 1}) == plain
+    there = space.canonical({**plain, "backend": 1, "floating precision": 0})
+    assert space.where(there) == ("onnxruntime", "f32") and there["floating precision"] == 1
+    assert space.canonical({**plain, "drop-blocks": 99})["drop-blocks"] == 6
+    every = list(space.all())
+    assert len(every) == len({tuple(one.values()) for one in every}) and all(
+        one == space.canonical(one) for one in every
+    )
+
+
+def test_which_choice_takes_more_of_the_same_away() -> None:
+    space = pruning(step("prune-channels"))
+    some = {**space.usual(), "drop-blocks": 2}
+    assert space.lighter({**some, "drop-blocks": 3}, some)
+    assert not space.lighter(some, some)
+    assert not space.lighter(some, {**some, "drop-blocks": 3})
+    assert not space.lighter({**some, "drop-blocks": 3, "learn": 1}, some)
+    assert not space.lighter({**some, "prune-channels": 1}, some), "other channels gone is another network"
+
+
+def test_how_often_a_choice_learns() -> None:
+    space = pruning(OneOf(steps=[step("quantize-int8")]), step("tune-quantization"))
+    assert space.learns(space.usual()) == 0
+    assert space.learns({**space.usual(), "drop-blocks": 2, "precision": 1, "tune-quantization": 1}) == 3
+
+
+def test_words_name_what_was_decided() -> None:
+    space = pruning(OneOf(steps=[step("quantize-int8", operators="all")]))
+    assert space.words(space.usual()) == "lossless passes on openvino in bf16"
+    values = {**space.usual(), "drop-blocks": 2, "learn": 1, "precision": 1, "floating precision": 1}
+    assert space.words(values) == "drop-blocks 0.2, learn long, quantize-int8 (operators: all) on openvino in f32"
+
+
+def test_the_default_of_a_search_has_what_wants_to_be_searched() -> None:
+    everything = registry.names_in(choices.steps_to_search(learning=True, judged=True))
+    assert {"drop-blocks", "prune-channels", "recover", "tune-quantization", "quantize-int8"} <= set(everything)
+    assert everything.index("drop-blocks") < everything.index("prune-channels") < everything.index("recover")
+    unlearnt = registry.names_in(choices.steps_to_search(learning=False, judged=True))
+    assert "recover" not in unlearnt and "drop-blocks" in unlearnt
+    unjudged = registry.names_in(choices.steps_to_search(learning=True, judged=False))
+    assert "drop-blocks" not in unjudged
+
+
+@pytest.mark.parametrize("name", [n for n, cls in registry.loadable_passes().items() if cls.searched])
+def test_every_value_that_may_be_searched_is_a_setting_of_its_pass(name: str) -> None:
+    cls = registry.pass_class(name)
+    for setting, values in cls.searched.items():
+        for value in values:
+            registry.bind(PassStep(name=name, settings={setting: value}))
+    assert cls.gradual is None or cls.gradual in cls.searched

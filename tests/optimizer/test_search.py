@@ -1,0 +1,281 @@
+"""The search's rounds and its log, on scripted outcomes: nothing is made or measured here, every cost is made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from perwatt import choices
+from perwatt.choices import Space, Values
+from perwatt.measurement import Ratio
+from perwatt.recipe import OneOf, PassStep
+from perwatt.search import NEAR, Search
+from perwatt.search_log import Log, Outcome, Trial, front
+
+TRIALS = 40
+
+
+def space() -> Space:
+    steps: list[PassStep | OneOf] = [PassStep(name=name) for name in ("drop-blocks", "prune-channels", "recover")]
+    steps.append(
+        OneOf(steps=[PassStep(name="cast-half"), PassStep(name="quantize-int8"), PassStep(name="assign-precision")])
+    )
+    return choices.space(
+        [*steps, PassStep(name="tune-quantization")], {"openvino": ("bf16", "f32"), "onnxruntime": ("f32",)}
+    )
+
+
+def script(space: Space, values: Values) -> Outcome:
+    """What a choice would cost and lose, in a made-up world with one optimum."""
+    backend, floating = space.where(values)
+    cost = (1.3 if backend == "onnxruntime" else 1.0) * (1.1 if floating == "f32" else 1.0)
+    blocks, channels = 0.1 * values["drop-blocks"], 0.15 * values["prune-channels"]
+    cost *= (1 - 0.95 * blocks) * (1 - 0.5 * channels) * (1, 0.9, 0.6, 0.58)[values["precision"]]
+    drop = (6 * blocks**2 + 12 * channels**2) * (0.6 if values["learn"] else 1.0)
+    drop += (0, 0.05, 0.3, 0.2)[values["precision"]] - 0.1 * values["tune-quantization"]
+    missed = {"accuracy": drop - 1} if drop > 1 else {}
+    return Outcome(
+        "measured", objectives=(cost,), drop=round(drop, 6), missed=missed, ratios={"x": Ratio(cost, 0.9, None)}
+    )
+
+
+class Scripted:
+    """Gives scripted outcomes, and counts them."""
+
+    def __init__(self, space: Space, reverse: bool = False) -> None:
+        self.space, self.reverse, self.tried = space, reverse, 0
+
+    def __call__(self, trials: Sequence[Trial], before: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
+        for trial in reversed(trials) if self.reverse else trials:
+            self.tried += 1
+            yield trial, script(self.space, trial.values)
+
+
+def searched(path: Path, seed: int = 0, most: int = TRIALS, evaluate: Scripted | None = None) -> Search:
+    here = space()
+    log = Log(path, here, seed=seed)
+    search = Search(here, log, evaluate or Scripted(here), stop=lambda: "enough" if len(log.told()) >= most else None)
+    search.run()
+    return search
+
+
+def story(search: Search) -> list[tuple[int, int, str, float]]:
+    return [(t.number, t.round, search.space.words(t.values), t.outcome.cost) for t in search.log.trials() if t.outcome]
+
+
+# Rounds -----------------------------------------------------------------------------------------------------------------
+
+
+def test_it_finds_what_is_cheapest_of_what_may_be_lost(tmp_path: Path) -> None:
+    search = searched(tmp_path / "log.sqlite", most=100)
+    best = search.best()
+    assert best is not None and best.outcome is not None
+    optimum = min(script(search.space, v).cost for v in search.space.all() if script(search.space, v).permitted)
+    assert best.outcome.cost <= 1.05 * optimum
+    assert best.outcome.permitted and len(search.log.told()) < 0.05 * search.space.count()
+
+
+def test_every_alternative_is_tried_by_itself_first(tmp_path: Path) -> None:
+    search = searched(tmp_path / "log.sqlite", most=8)
+    first = [search.space.words(t.values) for t in search.log.trials()[:8]]
+    assert first[:2] == ["lossless passes on openvino in bf16", "lossless passes on onnxruntime in f32"]
+    assert {"assign-precision on onnxruntime in f32", "quantize-int8 on openvino in bf16"} <= set(first)
+
+
+def test_no_choice_is_tried_twice(tmp_path: Path) -> None:
+    trials = searched(tmp_path / "log.sqlite", most=60).log.trials()
+    assert len({tuple(sorted(trial.values.items())) for trial in trials}) == len(trials)
+
+
+def test_no_more_than_one_step_beyond_what_was_tried(tmp_path: Path) -> None:
+    most = {"drop-blocks": 0, "prune-channels": 0}
+    for _, several in _by_round(searched(tmp_path / "log.sqlite").log.trials()):
+        for name, tried in most.items():
+            assert max(trial.values[name] for trial in several) <= tried + 1
+        most = {name: max([tried, *(t.values[name] for t in several)]) for name, tried in most.items()}
+
+
+def _by_round(trials: Sequence[Trial]) -> Iterator[tuple[int, list[Trial]]]:
+    for number in sorted({trial.round for trial in trials}):
+        yield number, [trial for trial in trials if trial.round == number]
+
+
+def test_what_takes_more_than_one_that_lost_far_too_much_is_not_tried(tmp_path: Path) -> None:
+    search = searched(tmp_path / "log.sqlite", most=100)
+    trials = search.log.trials()
+    for number, several in _by_round(trials):
+        bad = [t for t in trials if t.round < number and t.outcome and t.outcome.missed.get("accuracy", 0) > NEAR]
+        for trial in several:
+            assert not any(search.space.lighter(trial.values, other.values) for other in bad)
+
+
+def test_what_did_not_hold_when_it_was_measured_again_is_not_the_best(tmp_path: Path) -> None:
+    search = searched(tmp_path / "log.sqlite")
+    best = search.best()
+    assert best is not None
+    search.given_up.add(best.number)
+    second = search.best()
+    assert second is not None and second.number != best.number
+
+
+def test_a_small_space_is_searched_to_its_end(tmp_path: Path) -> None:
+    here = choices.space(
+        [OneOf(steps=[PassStep(name="cast-half"), PassStep(name="quantize-int8")])], {"null": ("f32",)}
+    )
+    log = Log(tmp_path / "log.sqlite", here)
+
+    def evaluate(trials: Sequence[Trial], before: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
+        yield from (
+            (trial, Outcome("measured", objectives=(1.0 - 0.1 * trial.values["precision"],))) for trial in trials
+        )
+
+    search = Search(here, log, evaluate)
+    assert search.run() == "nothing is left to try"
+    assert len(log.told()) == 3
+    best = search.best()
+    assert best is not None and best.values == {"precision": 2}
+
+
+def test_where_everything_is_refused_there_is_no_best_and_an_end(tmp_path: Path) -> None:
+    here = choices.space([OneOf(steps=[PassStep(name="cast-half")]), PassStep(name="drop-blocks")], {"null": ("f32",)})
+    log = Log(tmp_path / "log.sqlite", here)
+    search = Search(here, log, lambda trials, before: ((trial, Outcome("refused", "no")) for trial in trials))
+    assert search.run() == "nothing is left to try" and search.best() is None
+
+
+def test_what_there_is_no_time_for_stays_to_be_done(tmp_path: Path) -> None:
+    here = space()
+    log = Log(tmp_path / "log.sqlite", here)
+    search = Search(
+        here, log, lambda trials, before: ((t, script(here, t.values)) for t in trials[:2]), stop=lambda: "time"
+    )
+    assert search.run() == "time"
+    assert len(log.told()) == 2 and len(log.trials()) == 4
+    log.close()
+    again = searched(tmp_path / "log.sqlite")
+    assert story(again) == story(searched(tmp_path / "other.sqlite"))
+
+
+# The same whatever happens ------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_is_the_same_search_and_another_is_another(tmp_path: Path) -> None:
+    first, again = (story(searched(tmp_path / f"{name}.sqlite", seed=3)) for name in "ab")
+    assert first == again
+    assert first != story(searched(tmp_path / "c.sqlite", seed=4))
+
+
+def test_the_order_in_which_a_round_comes_back_makes_no_difference(tmp_path: Path) -> None:
+    here = space()
+    there = searched(tmp_path / "b.sqlite", evaluate=Scripted(here, reverse=True))
+    assert sorted(story(there)) == sorted(story(searched(tmp_path / "a.sqlite")))
+
+
+def test_a_search_goes_on_where_it_ended(tmp_path: Path) -> None:
+    path, whole = tmp_path / "log.sqlite", searched(tmp_path / "whole.sqlite")
+    short = searched(path, most=10)
+    done = len(story(short))
+    short.log.close()
+    evaluate = Scripted(space())
+    longer = searched(path, evaluate=evaluate)
+    assert story(longer) == story(whole)
+    assert evaluate.tried == len(whole.log.told()) - done
+
+
+KILLED = """
+import random, sys, time
+sys.path.insert(0, {folder!r})
+import test_search as t
+from pathlib import Path
+
+class Slow(t.Scripted):
+    def __call__(self, trials, before):
+        for trial in trials:
+            time.sleep(0.02)
+            print(trial.number, flush=True)
+            yield trial, t.script(self.space, trial.values)
+
+t.searched(Path({path!r}), evaluate=Slow(t.space()))
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_tells_the_same_story(tmp_path: Path) -> None:
+    whole = story(searched(tmp_path / "whole.sqlite"))
+    path = tmp_path / "killed.sqlite"
+    code = KILLED.format(folder=str(Path(__file__).parent), path=str(path))
+    draw, tried = random.Random(0), []
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        # Past its imports, at a moment of the search itself.
+        line = process.stdout.readline()
+        time.sleep(draw.uniform(0.0, 0.12))
+        os.kill(process.pid, signal.SIGKILL)
+        said = [line, *process.communicate()[0].splitlines()]
+        tried += [int(number) for number in said if number.strip().isdigit()]
+    finished = searched(path)
+    assert story(finished) == whole
+    # At most the trial in flight is made again.
+    told = len(set(tried))
+    assert len(tried) <= told + 20
+
+
+# The log --------------------------------------------------------------------------------------------------------------------
+
+
+def test_outcomes_come_back_as_they_were_told(tmp_path: Path) -> None:
+    here = space()
+    log = Log(tmp_path / "log.sqlite", here)
+    outcome = Outcome(
+        "measured",
+        "",
+        {"cpu_s_per_inference": Ratio(0.5, None, 0.6)},
+        (0.5,),
+        0.3,
+        400,
+        1.5,
+        10,
+        20,
+        {"p99": 0.5},
+        "abc",
+        2.5,
+    )
+    log.tell(log.ask(here.usual(), "by itself", 3), outcome)
+    log.close()
+    (trial,) = Log(tmp_path / "log.sqlite", here).trials()
+    assert trial == Trial(0, here.usual(), "by itself", 3, outcome)
+    json.dumps(outcome.to_json())
+
+
+def test_a_log_of_another_space_is_kept_aside(tmp_path: Path) -> None:
+    path = tmp_path / "log.sqlite"
+    searched(path, most=4).log.close()
+    other = choices.space([PassStep(name="drop-blocks")], {"null": ("f32",)})
+    assert Log(path, other).trials() == []
+    assert (tmp_path / "log-old.sqlite").exists()
+
+
+def test_a_damaged_log_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log.sqlite"
+    path.write_bytes(b"this is no database, but it is long enough to look like something" * 40)
+    assert searched(path, most=4).best() is not None
+    assert (tmp_path / "log-old.sqlite").exists()
+
+
+def test_the_front_has_what_no_other_beats(tmp_path: Path) -> None:
+    def trial(number: int, cost: float, drop: float) -> Trial:
+        return Trial(number, {}, outcome=Outcome("measured", objectives=(cost,), drop=drop))
+
+    told = [trial(0, 1.0, 0.0), trial(1, 0.5, 1.0), trial(2, 0.6, 1.5), trial(3, 0.4, 2.0), trial(4, 1.2, 0.0)]
+    assert [one.number for one in front(told)] == [3, 1, 0]
