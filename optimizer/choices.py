@@ -180,6 +180,15 @@ class Space:
         mending = [one.name for one in (self.mending, self.tuning) if one is not None]
         return sum(step.name in mending for step in self.steps(values))
 
+    def learning(self, values: Values) -> tuple[int, ...]:
+        """What has to be learnt for a choice: two with the same learn the same. Empty where nothing has to."""
+        if not self.learns(values):
+            return ()
+        found = self.canonical(values)
+        apart = {one.step.name for one in self.removals} | {BACKEND, ORDER, LEARN}
+        tuned = self.tuning is not None and found[self.tuning.name]
+        return tuple(found[d.name] if tuned or d.name in apart else 0 for d in self.decisions)
+
     def lighter(self, values: Values, other: Values) -> bool:
         """Whether `other` takes away what `values` does and nothing more, and at least one thing less. What it loses, `values`
         will hardly win back."""

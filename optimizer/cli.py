@@ -315,6 +315,8 @@ _more_commands()
 def main() -> None:
     """Run the program; every failure ends in one line and a documented exit code."""
     as_json = "--json" in sys.argv
+    # Threads that spin while they wait make learning many times slower on a busy machine; torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with contextlib.suppress(ValueError):
         # A job that is cancelled must not leave workers, meters or builds behind: the way out is that of an error.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -331,7 +333,12 @@ def main() -> None:
         raise SystemExit(stop.exit_code) from None
     except (click.Abort, KeyboardInterrupt) as stop:
         # click hides what was raised behind an Abort of its own.
-        said = str(stop.__cause__ or stop)
+        from perwatt.errors import Stopped
+
+        cause = stop.__cause__ or stop
+        said = str(cause)
+        if isinstance(cause, Stopped):
+            _fail(f"stopped; {said}", 130, as_json)
         _fail(f"stopped; nothing was written{f', {said}' if said else ''}", 130, as_json)
     except click.ClickException as error:
         _fail(error.format_message(), 2, as_json)

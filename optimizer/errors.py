@@ -28,6 +28,10 @@ class PerwattError(Exception):
         return f"{self.message} — {self.fix}" if self.fix else self.message
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C where something is left for who pressed it; the message says what."""
+
+
 class InputError(PerwattError):
     """What the user gave can't be used: a file, a flag, a recipe, a data set. Exit code 2."""
 

@@ -34,6 +34,8 @@ class Finals:
         self, setup: Setup, judge: Judge, eager: Side | None, progress: Callable[[float, str], None], notes: list[str]
     ) -> None:
         self.setup, self.judge, self.eager, self.progress, self.notes = setup, judge, eager, progress, notes
+        self.strict = True
+        """Where nothing keeps every constraint, what misses them least may be shipped: then this is off."""
 
     def sides(self, baseline: Candidate, winner: Candidate, effort: Effort) -> dict[str, Side]:
         """Fresh workers: the original, the original at the winner's point where that differs, torch eager, the winner."""
@@ -124,16 +126,14 @@ class Finals:
             if side is not self.eager:
                 side.close()
 
-    def confirm(self, candidate: Candidate, sides: dict[str, Side]) -> Verdict:
+    def confirm(self, candidate: Candidate, baseline: Candidate, sides: dict[str, Side]) -> Verdict:
         """Why this candidate is not shipped after all (None where it is), with its accuracy on all evaluation samples."""
         side, least = sides["optimized"], self.judge.budget.min_gain
-        p99 = p99_ms(side)
-        if self.judge.too_late(p99):
-            return self.judge.late_words(p99), None, None
-        if self.judge.too_big(side.peak_memory_bytes):
-            return self.judge.big_words(side.peak_memory_bytes), None, None
+        misses = self.misses(candidate, side)
+        if misses is not None and self.strict:
+            return misses, None, None
         gain = gain_over(sides, "original", candidate)
-        if not enough(gain, least) and not self.judge.too_late(p99_ms(sides["original"])):
+        if not enough(gain, least) and self.misses(baseline, sides["original"]) is None:
             return no_gain_text(gain, least, candidate.backend.rate_words), None, None
         throughput = ratios(side, sides["original"])["throughput_per_s"]
         powered = candidate.point.power_limit_w is not None or candidate.point.clock_mhz is not None
@@ -153,6 +153,18 @@ class Finals:
         if self.judge.too_much(comparison, final=True):
             return self.judge.drop_words(comparison), comparison, score
         return None, comparison, score
+
+    def misses(self, candidate: Candidate, side: Side) -> str | None:
+        """Which constraint besides accuracy a candidate misses, measured as `side`, and by how much; None where it keeps all."""
+        budget = self.judge.budget
+        size = candidate.branch.artifact.size_bytes()
+        if self.judge.too_late(p99_ms(side)):
+            return self.judge.late_words(p99_ms(side))
+        if self.judge.too_big(side.peak_memory_bytes):
+            return self.judge.big_words(side.peak_memory_bytes)
+        if budget.size is not None and size > budget.size:
+            return f"its weights take {size / 1e6:.2f} MB, {budget.size / 1e6:.2f} MB are allowed"
+        return None
 
     def gain_words(self, candidate: Candidate, baseline: Candidate, sides: dict[str, Side]) -> str:
         """`2.10× the original's inferences per CPU second: 1.30× by the graph, 1.62× by the operating point`."""

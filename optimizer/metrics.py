@@ -63,6 +63,11 @@ class Metric(ABC):
         """The score of `outputs`; `reference` is what the original gave (None: these are the original's own).
         Raises InputError where outputs or labels don't suit the metric."""
 
+    def sample_range(self, reference: Sequence[Batch]) -> tuple[float, float] | None:
+        """The least and the most that one sample can score, for a model that gave `reference`; None where samples are not
+        scored each by itself, or nothing is known of it."""
+        return None
+
 
 class TopK(Metric):
     """The label is among the k highest class scores. NaN counts as wrong."""
@@ -85,6 +90,10 @@ class TopK(Metric):
         classes = np.arange(scores.shape[1])
         above = (scores > own[:, None]) | ((scores == own[:, None]) & (classes < labels[:, None]))
         return _scored((above.sum(axis=1) < self.k) & ~broken)
+
+    def sample_range(self, reference: Sequence[Batch]) -> tuple[float, float] | None:
+        # Whether single numbers are probabilities is seen from all of them together.
+        return None if class_output(reference) is None else (0.0, 1.0)
 
     def _without_scores(self, outputs: Sequence[Batch], labels: Array) -> Array:
         """One number an item: a yes or no score for labels 0 and 1, or the class number itself."""
@@ -120,6 +129,9 @@ class Agreement(Metric):
             agreed.append((ours.argmax(axis=1) == original.argmax(axis=1)) & ~np.isnan(ours).any(axis=1))
         return _scored(np.concatenate(agreed) if agreed else np.zeros(0))
 
+    def sample_range(self, reference: Sequence[Batch]) -> tuple[float, float] | None:
+        return 0.0, 1.0
+
 
 class Cosine(Metric):
     """Cosine similarity of each sample's outputs to the original's (to float labels, where there are some), averaged
@@ -130,7 +142,10 @@ class Cosine(Metric):
     default_max_drop = 0.01
 
     def score(self, outputs: Sequence[Batch], samples: Samples, reference: Sequence[Batch] | None) -> Score:
-        return _mean(_per_sample(outputs, samples, reference, _cosine, self.name))
+        return mean_score(_per_sample(outputs, samples, reference, _cosine, self.name))
+
+    def sample_range(self, reference: Sequence[Batch]) -> tuple[float, float] | None:
+        return -1.0, 1.0
 
 
 class MeanSquaredError(Metric):
@@ -142,7 +157,10 @@ class MeanSquaredError(Metric):
     default_max_drop = None
 
     def score(self, outputs: Sequence[Batch], samples: Samples, reference: Sequence[Batch] | None) -> Score:
-        return _mean(_per_sample(outputs, samples, reference, _squared_error, self.name))
+        return mean_score(_per_sample(outputs, samples, reference, _squared_error, self.name))
+
+    def sample_range(self, reference: Sequence[Batch]) -> tuple[float, float] | None:
+        return 0.0, math.inf
 
 
 class Custom(Metric):
@@ -164,7 +182,7 @@ class Custom(Metric):
             return Score(float(result), None, len(samples))
         if result.shape != (len(samples),):
             raise InputError(f"the metric {self.name} gave {list(result.shape)} numbers for {len(samples)} samples")
-        return _mean(result)
+        return mean_score(result)
 
 
 _METRICS: dict[str, Callable[[], Metric]] = {
@@ -305,10 +323,11 @@ def _same_count(outputs: Array, labels: Array) -> None:
 
 
 def _scored(right: Array) -> Score:
-    return _mean(right.astype(np.float64))
+    return mean_score(right.astype(np.float64))
 
 
-def _mean(per_sample: Array) -> Score:
+def mean_score(per_sample: Array) -> Score:
+    """The score of samples that each have one, [n]: their mean."""
     values = per_sample.astype(np.float64)
     return Score(float(values.mean()) if len(values) else math.nan, values, len(values))
 

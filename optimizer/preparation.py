@@ -255,9 +255,12 @@ def _evaluations(
     metric = metrics.resolve(recipe.data.metric, samples["evaluation"], outputs)
     # The evaluation samples are the select samples and then the confirm samples, batch by batch.
     count = len(list(samples["select"]))
+    whole = opened.source.signature.batch is None
     parts = {"select": outputs[:count], "evaluation": outputs, "confirm": outputs[count:]}
     found = {
-        role: Evaluation(metric, samples[role], saved[role], part, metric.score(part, samples[role], part))
+        role: Evaluation(
+            metric, samples[role], saved[role], part, metric.score(part, samples[role], part), whole_calls=whole
+        )
         for role, part in parts.items()
         if role in samples
     }

@@ -29,6 +29,7 @@ from perwatt.isolation import Worker
 from perwatt.judging import Judge, p99_ms
 from perwatt.measurement import Ratio
 from perwatt.measuring import SCREENING, interleave, ratios
+from perwatt.metrics import Comparison
 from perwatt.setup import Setup
 from perwatt.sides import Side
 
@@ -48,6 +49,8 @@ class Screening:
     ) -> None:
         self.setup, self.judge, self.source, self.point, self.backends = setup, judge, source, point, backends
         self.notes: list[str] = []
+        self.quick = False
+        """Whether one that clearly loses too much is judged on as few samples as it takes."""
         self._workers: dict[str, Worker] = {}
 
     def close(self) -> None:
@@ -94,9 +97,17 @@ class Screening:
 
     def _judge(self, candidate: Candidate, side: Side) -> None:
         """Reject the candidate where it loses too much accuracy, as far as that is known."""
-        candidate.drop = self.judge.drop_on_select(side)
+        candidate.drop = self._drop(side)
         if candidate.drop is not None and self.judge.too_much(candidate.drop):
             candidate.verdict, candidate.reason = "rejected", self.judge.drop_words(candidate.drop)
+
+    def _drop(self, side: Side) -> Comparison | None:
+        """What it loses. Where many are tried, one that clearly loses too much is not judged on all samples."""
+        if self.quick:
+            found = self.judge.quick_drop(side)
+            if found is None or self.judge.too_much(found[0]):
+                return None if found is None else found[0]
+        return self.judge.drop_on_select(side)
 
     # The original -----------------------------------------------------------------------------------------------
 

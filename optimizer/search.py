@@ -17,11 +17,20 @@ from typing import Any
 
 from perwatt.choices import BACKEND, FLOATING, LEARN, ORDER, PRECISION, Space, Values
 from perwatt.search_log import Log, Outcome, Trial
+from perwatt.search_model import CostModel
 
 ROUND = 4
 """Trials in a round: what is proposed sees the rounds before it only, so more of them learn less from each other."""
 NEAR = 1.0
 """A constraint that is missed by at most this share of it may be won back; what misses it by more is given up."""
+LEARNING = 1
+"""Trials in a round that learn what was not learnt yet: they take minutes, and each makes the next better chosen."""
+SAMPLED_FIRST = 4
+"""Every so many rounds it is the sampler's proposal that comes first."""
+SAME = 1.02
+"""What costs no more than this times the least is as good to go on from."""
+PROMISING = 1.05
+"""What is expected to cost up to this times the best may turn out cheaper."""
 TRIES = 8
 """Proposals of the sampler that were tried already before any other is taken."""
 
@@ -33,8 +42,9 @@ Evaluate = Callable[[Sequence[Trial], Sequence[Trial]], Iterable[tuple[Trial, Ou
 
 
 class Search:
-    """Rounds over the choices of `space`. `evaluate(trials, before)` gives the outcome of each as it is known; what it leaves out
-    stays to be done. `stop()` says why to end, or nothing; `after_round(best)` is told the best permitted trial so far."""
+    """Rounds over the choices of `space`. `evaluate(trials, before)` gives the outcome of each as it is known; what it leaves
+    out stays to be done. `stop()` says why to end, or nothing; `after_round(best)` is told the best permitted trial so far.
+    `estimate`: what a choice will cost ÷ the original, where something is known of it."""
 
     def __init__(
         self,
@@ -44,9 +54,10 @@ class Search:
         *,
         stop: Callable[[], str | None] = lambda: None,
         after_round: Callable[[Trial | None], None] = lambda best: None,
+        estimate: Callable[[Values], float | None] = lambda values: None,
     ) -> None:
         self.space, self.log, self.evaluate = space, log, evaluate
-        self.stop, self.after_round = stop, after_round
+        self.stop, self.after_round, self.estimate = stop, after_round, estimate
         self.given_up: set[int] = set()
         """Numbers of trials that turned out not to hold when they were measured again."""
 
@@ -86,15 +97,20 @@ class Search:
     def _proposals(self, before: Sequence[Trial], number: int) -> list[tuple[Values, str]]:
         """What round `number` tries. The same for the same trials before it."""
         known = {_key(trial.values) for trial in before}
+        learnt = {(), *(self.space.learning(trial.values) for trial in before)}
         taken: list[tuple[Values, str]] = []
+        learning = 0
         for values, why in self._in_turn(before, number):
-            key = _key(values)
-            if key not in known and not self._hopeless(values, before):
-                known.add(key)
-                taken.append((values, why))
+            key, learns = _key(values), self.space.learning(values)
+            if key in known or self._hopeless(values, before) or (learning == LEARNING and learns not in learnt):
+                continue
+            known.add(key)
+            taken.append((values, why))
+            learning += learns not in learnt
+            learnt.add(learns)
             if len(taken) == ROUND:
                 break
-        return taken
+        return taken or next(([one] for one in self._anything(before, number)), [])
 
     def _in_turn(self, before: Sequence[Trial], number: int) -> Iterator[tuple[Values, str]]:
         known = {_key(trial.values) for trial in before}
@@ -102,13 +118,26 @@ class Search:
         if alone:
             yield from ((values, ALONE) for values in alone)
             return
-        ranking = self.ranking(before)
-        around = [(values, AROUND) for trial in ranking[:2] for values in self._around(trial.values, before)]
+        worth = self._worth(before)
+        around = [(values, AROUND) for trial in self._leading(before) for values in self._around(trial.values, before)]
         back = [(values, BACK) for trial in self._near(before) for values in self._back(trial.values)]
-        sampled = self._sampled(before, number)
-        for four in itertools.zip_longest(around[::2], around[1::2], back, sampled):
-            yield from (one for one in four if one is not None)
-        yield from self._anything(before, number)
+        if number % SAMPLED_FIRST == 0:
+            yield from self._sampled(before, number)
+        for both in itertools.zip_longest(around, back):
+            yield from (one for one in both if one is not None and worth(one[0]))
+        yield from self._sampled(before, number)
+
+    def _worth(self, before: Sequence[Trial]) -> Callable[[Values], bool]:
+        """Tells whether a choice may be cheaper than the best, going by all that were tried."""
+        best, model = self.best(before), CostModel(self.space, before)
+        least = _cost(best) if best is not None else float("inf")
+        return lambda values: (model.cost(values) or 0.0) < PROMISING * least
+
+    def _leading(self, before: Sequence[Trial]) -> list[Trial]:
+        """The best permitted trial, and of those that cost about the same the one that takes least time to make."""
+        ranking = self.ranking(before)
+        same = [trial for trial in ranking if _cost(trial) <= SAME * _cost(ranking[0])]
+        return sorted(same, key=lambda trial: trial.outcome.seconds if trial.outcome else 0.0)[:1] + ranking[:1]
 
     def _alone(self) -> Iterator[dict[str, int]]:
         """Each backend with each alternative and nothing else, in its own floating precision; then the other precisions."""
@@ -133,6 +162,7 @@ class Search:
                     less.append({**values, decision.name: now - 1})
             else:
                 other += [{**values, decision.name: i} for i in range(len(decision.values)) if i != now]
+        more.sort(key=lambda one: self.estimate(one) or 0.0)
         # Whose other alternatives did well by themselves do well here.
         other.sort(key=lambda one: self._expected(one, before))
         return [self.space.canonical(one) for one in (*more, *other, *less)]
@@ -172,19 +202,21 @@ class Search:
 
     def _sampled(self, before: Sequence[Trial], number: int) -> list[tuple[Values, str]]:
         """What Optuna's sampler proposes, no further than one step beyond what was tried."""
-        known = {_key(trial.values) for trial in before}
-        for position in range(TRIES if before else 0):
-            values = self._within_reach(self.log.proposed(before, f"{number}:{position}"), before)
-            if _key(values) not in known and not self._hopeless(values, before):
+        known, worth = {_key(trial.values) for trial in before}, self._worth(before)
+        for proposed in itertools.islice(self.log.proposals(before, str(number)), TRIES if before else 0):
+            values = self._within_reach(proposed, before)
+            if _key(values) not in known and worth(values) and not self._hopeless(values, before):
                 return [(values, SAMPLED)]
         return []
 
     def _anything(self, before: Sequence[Trial], number: int) -> Iterator[tuple[Values, str]]:
         """Whatever is left, in random order."""
         draw = random.Random(f"{self.log.seed}:{number}")
-        reach = [values for values in self.space.all() if values == self._within_reach(values, before)]
-        for values in draw.sample(reach, len(reach)):
-            yield values, ANY
+        known = {_key(trial.values) for trial in before}
+        left = [values for values in self.space.all() if _key(values) not in known]
+        for values in draw.sample(left, len(left)):
+            if values == self._within_reach(values, before) and not self._hopeless(values, before):
+                yield values, ANY
 
     def _within_reach(self, values: Values, before: Sequence[Trial]) -> dict[str, int]:
         """At most one step more of each than any trial took away, and not long learning of what was not learnt before."""

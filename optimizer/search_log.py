@@ -108,9 +108,9 @@ class Log:
 
     # Asking and telling -----------------------------------------------------------------------------------------------
 
-    def proposed(self, before: Sequence[Trial], draw: str) -> dict[str, int]:
-        """What the sampler would try next, knowing these trials, in canonical form. Another `draw` is another proposal.
-        Nothing is written."""
+    def proposals(self, before: Sequence[Trial], draw: str) -> Iterator[dict[str, int]]:
+        """What the sampler would try next, knowing these trials, in canonical form, and what after that, without end. Another
+        `draw` is another story. Nothing is written."""
         import optuna
 
         # A copy in memory: what is asked for there and not taken leaves no trace.
@@ -118,7 +118,8 @@ class Log:
         known = {trial.number for trial in before}
         over = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
         beside.add_trials([frozen for frozen in over if frozen.number in known])
-        return self.space.canonical(beside.ask(self._distributions()).params)
+        while True:
+            yield self.space.canonical(beside.ask(self._distributions()).params)
 
     def ask(self, values: Values, why: str, round: int = 0) -> Trial:
         """Write down that this choice is being tried."""

@@ -23,6 +23,7 @@ from perwatt.backends import Backend
 from perwatt.candidates import Branch, Candidate
 from perwatt.choices import Space, Values
 from perwatt.contract import OperatingPoint
+from perwatt.errors import Stopped
 from perwatt.judging import p99_ms
 from perwatt.measuring import Effort
 from perwatt.pipeline import Pipeline
@@ -108,12 +109,17 @@ class Searching:
                 why = self.search.run()
             except KeyboardInterrupt:
                 why = "stopped by Ctrl-C"
+                self.study.progress(0.75, "stopping: measuring the best so far (Ctrl-C again: at once)")
             baseline.p99_ms = baseline.p99_ms or p99_ms(side)
         finally:
             side.close()
             study.screening.close()
         try:
             return self._answer(why)
+        except KeyboardInterrupt:
+            if self.shipped_cost < 1:
+                raise Stopped("the best that was measured again before is in the bundle") from None
+            raise
         finally:
             self.search.log.close()
 
@@ -121,6 +127,7 @@ class Searching:
         self, space: Space, backends: Sequence[Backend], baseline: Candidate, side: Any, originals: list[Candidate]
     ) -> None:
         self.space, self.baseline, self.originals = space, baseline, originals
+        self.study.screening.quick = True
         self.trials = Trials(
             space,
             {backend.name: self.pipeline_for(backend) for backend in backends},
@@ -209,7 +216,7 @@ class Searching:
     def _answer(self, why: str) -> Result:
         told = self.search.log.told()
         ranking = self.search.ranking(told)
-        hopeful = [
+        hopeful = self._nearest(told) or [
             self.trials.candidate(trial) for trial in ranking[:LEDGER] if trial.outcome and trial.outcome.cost < 1
         ]
         chosen = self.study.tuned(self.baseline, hopeful)
@@ -225,6 +232,23 @@ class Searching:
             "objectives": list(self.recipe.search.objective),
         }
         return result
+
+    def _nearest(self, told: Sequence[Trial]) -> list[Candidate]:
+        """Where neither the original nor any trial keeps every constraint: the trial that misses them least, nearer than the
+        original does."""
+        original = max(self.trials.missed(self.baseline).values(), default=0.0)
+        known = [t for t in told if t.outcome is not None and t.outcome.status == "measured"]
+        if not original or any(t.outcome.permitted for t in known if t.outcome is not None):
+            return []
+        far = {t.number: max(t.outcome.missed.values()) for t in known if t.outcome is not None}
+        kept = [
+            t
+            for t in known
+            if t.outcome and not {"accuracy", "throughput"} & set(t.outcome.missed) and far[t.number] < original
+        ]
+        nearest = min(kept, key=lambda t: far[t.number], default=None)
+        self.study.finals.strict = nearest is None
+        return [] if nearest is None else [self.trials.candidate(nearest)]
 
     def _told(self, trial: Trial) -> dict[str, Any]:
         assert trial.outcome is not None

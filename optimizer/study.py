@@ -188,7 +188,7 @@ class Study:
                 candidate.verdict, candidate.reason, tried = "rejected", str(error), None
                 continue
             try:
-                problem, comparison, score = self.finals.confirm(candidate, tried)
+                problem, comparison, score = self.finals.confirm(candidate, baseline, tried)
             except BackendError as error:
                 problem, comparison, score = str(error), None, None
             except BaseException:
@@ -260,13 +260,9 @@ class Study:
     def _budget_problem(self, result: Result) -> str | None:
         """Which constraint the shipped program misses, and by how much."""
         side = result.sides.get("optimized", result.sides["original"])
-        if self.judge.too_late(p99_ms(side)):
-            return self.judge.late_words(p99_ms(side))
-        if self.judge.too_big(side.peak_memory_bytes):
-            return self.judge.big_words(side.peak_memory_bytes)
-        if self.judge.budget.size is not None and result.winner.branch.artifact.size_bytes() > self.judge.budget.size:
-            size = result.winner.branch.artifact.size_bytes()
-            return f"weights take {size / 1e6:.1f} MB, {self.judge.budget.size / 1e6:.1f} MB are allowed"
+        misses = self.finals.misses(result.winner, side)
+        if misses is not None:
+            return misses
         changed = result.winner is not result.baseline
         if result.comparison is not None and self.judge.too_much(result.comparison, final=changed):
             return self.judge.drop_words(result.comparison)

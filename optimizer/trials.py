@@ -109,7 +109,7 @@ class Trials:
             p99_ms=candidate.p99_ms,
             memory_bytes=candidate.memory_bytes,
             size_bytes=artifact.size_bytes(),
-            missed=self._missed(candidate),
+            missed=self.missed(candidate),
             digest=digest,
         )
 
@@ -137,7 +137,7 @@ class Trials:
         }[objective]
         return found.value if found.value is not None else math.inf
 
-    def _missed(self, candidate: Candidate) -> dict[str, float]:
+    def missed(self, candidate: Candidate) -> dict[str, float]:
         """By which share of it each constraint is missed."""
         judge = self.screening.judge
         budget = judge.budget

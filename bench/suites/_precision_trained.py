@@ -65,7 +65,7 @@ def trained(name: str, time_s: float, effort: speed.Effort, folder: Path) -> dic
     """One model: its bundle and all alternatives, side by side."""
     model, options = alias.made_ready(name, folder, alias.cases(folder)[name])
     bundle = perwatt.optimize(
-        model, target=alias.ALIAS, out=folder / "bundle", force=True, scenario="offline", time=f"{time_s:g}s",
+        model, target=alias.ALIAS, out=folder / "bundle", force=True, scenario="offline", time=f"{time_s:g}s", trials=0,
         **{**options, "max_drop": BUDGETS[name]},
     )  # fmt: skip
     case = read(model, options)

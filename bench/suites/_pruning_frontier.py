@@ -42,7 +42,7 @@ def frontier(name: str, minutes: float, effort: speed.Effort, folder: Path) -> d
     """One model: a bundle for every number of blocks, and all beside the one without pruning."""
     model, options = alias.made_ready(name, folder, alias.cases(folder)[name])
     options = {**options, "max_drop": MOST_LOST, "scenario": "offline", "target": TARGET, "force": True}
-    train = _training(name, folder)
+    train = training(name, folder)
     bundles = {"precision alone": perwatt.optimize(model, out=folder / "whole", **options)}
     took = {}
     for blocks in DROPPED[name]:
@@ -95,7 +95,7 @@ def _passes(settings: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _training(name: str, folder: Path) -> Path:
+def training(name: str, folder: Path) -> Path:
     """A file with everything that may be learnt from."""
     if name == "minilm":
         return models.DATA / "text" / "sst2_train.tsv"

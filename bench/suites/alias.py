@@ -84,7 +84,8 @@ def run_case(
     for target in (ALIAS, *asked.backends):
         out = architectures.FOLDER / "bundles" / f"{name}-{scenario}-alias-{target.replace(':', '-')}"
         try:
-            limits = {"time": f"{asked.most:g}s"} if asked.most else {}
+            # The plain pipeline, whatever the time: a search is another question (search.py).
+            limits = {"trials": 0, **({"time": f"{asked.most:g}s"} if asked.most else {})}
             bundles[target] = _optimized(model, target, out, scenario, {**options, **limits}, asked.reuse)
         except perwatt.PerwattError as error:
             told["failed"][target] = str(error)
