@@ -217,7 +217,7 @@ class _Work:
         recipe, prepared = self.recipe, self.prepared
         search = searching.wanted(recipe)
         self.setup = Setup(self.folder, prepared.saved["timing"], self.conductor, self.place.worker)
-        shares = (searching.SEARCH_SHARE,) * 2 if search else _shares(self.steps)
+        shares = (searching.PASSES_SHARE, searching.SEARCH_SHARE) if search else _shares(self.steps)
         told = _pass_progress(self.progress, self.steps)
         self.pipeline = open_pipeline(
             recipe, prepared, self.folder, self.checks, told, _deadline(recipe, self.started, shares[0])
@@ -267,6 +267,7 @@ class _Work:
             searching.log_path(cache_folder("search") or self.folder, self.recipe, self.prepared, self.place.machine()),
             lambda result: _write_bundle(self._told(result), self.out),
             _deadline(self.recipe, self.started, searching.SEARCH_SHARE),
+            _deadline(self.recipe, self.started, searching.ACCOUNT_SHARE),
             lambda share, text: self.progress(text, 0.3 + 0.4 * share),
         )
         return found.run()

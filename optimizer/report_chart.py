@@ -124,11 +124,12 @@ def _row(row: Bar, index: int, axis: Axis) -> str:
     ]
     low, high = known(row.gain.low), known(row.gain.high)
     if low and high and low < high:
-        drawn.append(_whisker(axis.at(low), axis.at(high), top + BAR_TOP + BAR_HEIGHT // 2))
+        drawn.append(whisker(axis.at(low), axis.at(high), top + BAR_TOP + BAR_HEIGHT // 2))
     return "\n".join(drawn)
 
 
-def _whisker(low: str, high: str, middle: int) -> str:
+def whisker(low: str, high: str, middle: int) -> str:
+    """The line of an interval from `low` to `high`, positions in percent, at the height `middle`."""
     ends = "".join(
         f'<line class="whisker" x1="{x}" x2="{x}" y1="{middle - 5}" y2="{middle + 5}"/>' for x in (low, high)
     )

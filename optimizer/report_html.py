@@ -6,15 +6,35 @@ recipe is escaped. It says what the terminal says (`report_words`), and adds a c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
+from typing import Any
 
-from perwatt import report_chart, report_table
+from perwatt import account_words, report_chart, report_table, report_waterfall
 from perwatt import report_words as words
-from perwatt.report import AccuracyReport, CandidateReport, PassReport, Report
-from perwatt.report_units import MISSING, SIZES, compact, duration, in_units, number, plain, ratio_words
+from perwatt.report import (
+    AccountReport,
+    AccuracyReport,
+    CandidateReport,
+    ChangeReport,
+    PassReport,
+    RatioFigure,
+    Report,
+    ShareReport,
+)
+from perwatt.report_units import (
+    MISSING,
+    SIZES,
+    compact,
+    duration,
+    in_units,
+    number,
+    plain,
+    ratio_words,
+    with_interval,
+)
 
 CHANGES_SHOWN = 12
 CANDIDATES_SHOWN = 40
@@ -40,9 +60,10 @@ def render(report: Report) -> str:
         last_word=last_word,
         figures=_figures(report),
         chart=report_chart.chart(report),
-        accuracy=_accuracy(report.accuracy),
+        accuracy=_accuracy(report.accuracy) + _account(report.account, words.drop_unit(report)),
         passes=_passes(report.passes, words.drop_unit(report)),
-        candidates=_candidates(report.candidates, words.drop_unit(report)),
+        candidates=_search(report.search, words.drop_unit(report))
+        + _candidates(report.candidates, words.drop_unit(report)),
         evidence=_evidence(report),
         points=_points(report),
         deploy=_deploy(report),
@@ -164,6 +185,87 @@ def operator_changes(before: dict[str, int], after: dict[str, int]) -> str:
     """Which operator counts moved: "BatchNormalization 19 → 0"."""
     changed = [name for name in {**before, **after} if before.get(name, 0) != after.get(name, 0)]
     return ", ".join(f"{name} {before.get(name, 0):,} → {after.get(name, 0):,}" for name in changed) or "unchanged"
+
+
+def _account(account: AccountReport | None, unit: str) -> str:
+    """What each pass brings: as a picture, and in full in a table."""
+    if account is None or not (account.shares or account.notes):
+        return ""
+    said = [account_words.whole_words(account)]
+    said += [account_words.decision_words(account)] if account.droppable else []
+    titles = (("pass", ""), ("in its turn", "number"), ("with ÷ without it", "number"), ("latency p50", "number"),
+              ("size", "number"), ("accuracy lost", "number"))  # fmt: skip
+    rows = "\n".join(_share(share, unit) for share in account.shares)
+    table = _element("table", f"{_head(titles)}<tbody>\n{rows}\n</tbody>")
+    caption = (
+        f'<p class="quiet">In its turn: {_text(account.cost_is or "the cost")} after the pass ÷ before it, 95 % interval; '
+        "latency, size and accuracy likewise. With ÷ without it: the winner beside the same pipeline without this one "
+        "pass.</p>"
+    )
+    scroll = f'<div class="scroll" role="region" aria-label="What each pass brings" tabindex="0">{table}</div>'
+    inner = _bullets([*said, *account.notes]) + report_waterfall.waterfall(account, unit)
+    return _section("account", "What each pass brings", inner + (caption + scroll if account.shares else ""))
+
+
+def _share(share: ShareReport, unit: str) -> str:
+    rows = f' <span class="note">{len(share.settings)} times</span>' if len(share.settings) > 1 else ""
+    why = _element("p", _text(f"{share.verdict}: {share.why}" if share.why else share.verdict), "why")
+    turn = share.prefix
+    cells = [ratio_words(ratio) for ratio in (turn.cost, share.alone_out.cost, turn.latency_p50_ms, turn.size_bytes)]
+    cells.append(account_words.drop_words(turn, unit))
+    return (
+        f'<tr><th scope="row">{_text(share.name)}{rows}{why}{_unknown(share)}</th>'
+        + "".join(map(_cell, cells))
+        + "</tr>"
+    )
+
+
+def _unknown(share: ShareReport) -> str:
+    """Why there are figures missing."""
+    both: tuple[tuple[str, ChangeReport], ...] = (("in its turn", share.prefix), ("without it", share.alone_out))
+    said = [f"{name}: {change.reason}" for name, change in both if change.reason and change.reason not in share.why]
+    return _element("p", _text("; ".join(said)), "why note") if said else ""
+
+
+def _cell(words_and_interval: tuple[str, str]) -> str:
+    """A figure over its interval."""
+    value, interval = words_and_interval
+    under = f'<br><span class="interval">{_text(interval)}</span>' if interval else ""
+    return f'<td class="number">{_text(value)}{under}</td>'
+
+
+def _search(search: Mapping[str, Any] | None, unit: str) -> str:
+    """What a search tried: the trials on the front, and how many others there were."""
+    if not search:
+        return ""
+    names = account_words.objective_names(search)
+    titles = (("trial", "number"), ("choice", ""), *((f"{name} ÷ original", "number") for name in names),
+              ("accuracy lost", "number"), ("size", "number"))  # fmt: skip
+    trials = account_words.front_of(search)[:CANDIDATES_SHOWN]
+    rows = "\n".join(_trial(trial, search.get("shipped"), len(names), unit) for trial in trials)
+    table = _element("table", f"{_head(titles)}<tbody>\n{rows}\n</tbody>")
+    scroll = f'<div class="scroll" role="region" aria-label="Trials on the front" tabindex="0">{table}</div>'
+    caption = '<p class="quiet">Trials that no other one beats in cost and in accuracy at once, as the search measured them.</p>'
+    others = account_words.others_words(search)
+    inner = f"<p>{_text(account_words.search_words(search))}</p>" + (caption + scroll if trials else "")
+    return _section("search", "The search", inner + (f"<p>{_text(others)}</p>" if others else ""))
+
+
+def _trial(trial: Mapping[str, Any], shipped: object, objectives: int, unit: str) -> str:
+    number_shown = int(trial.get("number") or 0) + 1
+    mark = ' <span class="better">shipped</span>' if trial.get("number") == shipped else ""
+    said = account_words.trial_words(trial)
+    why = _element("p", _text(said), "why note") if said else ""
+    found = [*(trial.get("objectives") or ())][:objectives]
+    costs = [with_interval(RatioFigure(value=value)) for value in [*found, *[None] * (objectives - len(found))]]
+    drop = trial.get("drop")
+    lost = MISSING if drop is None else f"{number(drop, 2)}{unit}"
+    cells = [*costs, lost, in_units([trial.get("size_bytes")], SIZES)[0]]
+    return (
+        f'<tr><td class="number">{number_shown}</td><th scope="row">{_text(trial.get("choice", ""))}{mark}{why}</th>'
+        + "".join(f'<td class="number">{_text(cell)}</td>' for cell in cells)
+        + "</tr>"
+    )
 
 
 def _candidates(candidates: Sequence[CandidateReport], unit: str) -> str:

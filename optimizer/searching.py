@@ -14,11 +14,12 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from perwatt import choices
+from perwatt.accounting import account
 from perwatt.backends import Backend
 from perwatt.candidates import Branch, Candidate
 from perwatt.choices import Space, Values
@@ -36,8 +37,11 @@ from perwatt.trials import Trials
 
 FROM_S = 120.0
 """A time budget from here on is spent on a search; less is what the plain pipeline takes."""
-SEARCH_SHARE = 0.75
-"""Of the time budget: when no further trial is begun. The rest tunes the answer, accounts for it and measures it again."""
+SEARCH_SHARE, ACCOUNT_SHARE, PASSES_SHARE = 0.75, 0.9, 0.95
+"""Of the time budget: when no further trial is begun (the rest tunes the answer, measures it again and accounts for it), when
+the account has to be done, and when no pass is begun any more."""
+ACCOUNT_S = 120.0
+"""What the account may take where there is no time budget."""
 LEARN_SHARE, ROUNDS_OF_LEARNING = 0.6, 4
 """Of the search's time, what the expected number of rounds of learning may take together."""
 LEAST_MINUTES, MOST_MINUTES = 0.1, 5.0
@@ -92,6 +96,7 @@ class Searching:
     log: Path
     write: Callable[[Result], object]
     deadline: float | None = None
+    account_by: float | None = None
     progress: Callable[[float, str], None] = lambda share, text: None
     shipped_cost: float = 1.0
     started: float = field(default_factory=time.monotonic)
@@ -222,6 +227,8 @@ class Searching:
         chosen = self.study.tuned(self.baseline, hopeful)
         branches: list[Branch] = [candidate.branch for candidate in hopeful]
         result = self.study.decide(self.baseline, self.originals, branches, hopeful, chosen)
+        if result.winner.branch.rows and result.winner is not result.baseline:
+            result = self._accounted(result, branches, hopeful)
         result.search = {
             "ended": why,
             "seconds": round(time.monotonic() - self.started, 1),
@@ -231,6 +238,35 @@ class Searching:
             "shipped": result.winner.trial,
             "objectives": list(self.recipe.search.objective),
         }
+        return result
+
+    def _accounted(self, result: Result, branches: Sequence[Branch], hopeful: Sequence[Candidate]) -> Result:
+        """The result with what each of its passes brings; without those that bring nothing, where that holds."""
+        winner = result.winner
+        self.progress(0.9, "what each pass brings")
+        told = account(
+            winner,
+            self.baseline,
+            self.trials.pipelines[winner.backend.name],
+            self.prepared.source,
+            [PassStep(name=row.name, settings=row.settings) for row in winner.branch.rows],
+            self.study.setup,
+            self.study.judge,
+            deadline=self.account_by if self.account_by is not None else time.monotonic() + ACCOUNT_S,
+            progress=lambda share, text: self.progress(0.9 + 0.05 * share, text),
+        )
+        result.account = told
+        if told.reduced is None:
+            return result
+        leaner = replace(winner, branch=told.reduced, verdict="runner-up", reason="")
+        again = self.study.decide(self.baseline, self.originals, [told.reduced, *branches], hopeful, [leaner])
+        if again.winner is leaner:
+            _close(result)
+            again.account = told
+            return again
+        _close(again)
+        told.keep(leaner.reason)
+        winner.verdict = "shipped"
         return result
 
     def _nearest(self, told: Sequence[Trial]) -> list[Candidate]:

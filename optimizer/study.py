@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from perwatt import metrics
+from perwatt.accounting_shares import Account
 from perwatt.backends import Backend
 from perwatt.candidates import (
     Branch,
@@ -45,7 +46,7 @@ CLOSE = 1.15
 class Result:
     """What the study found. `sides` are still open: original first, then by label; the caller closes them. `front` has
     the operating points that were measured for the winner's graph; None where none were. `search`: what a search tried, as plain
-    data; None where there was none."""
+    data, `account`: what each pass of its answer brings; None where there was none."""
 
     outcome: Literal["optimized", "unchanged", "budget_not_met"]
     reason: str
@@ -59,6 +60,7 @@ class Result:
     original_as_run: float | None = None
     front: Front | None = None
     search: dict[str, Any] | None = None
+    account: Account | None = None
     notes: list[str] = field(default_factory=list)
 
 

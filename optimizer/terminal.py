@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perwatt import account_words
 from perwatt import report_table as figures
 from perwatt import report_words as words
 from perwatt.progress import Progress as Progress
@@ -68,6 +69,10 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
     out.show(_ledger(report.passes, words.drop_unit(report), verbose))
     _tell_broken(out, report.passes)
     out.gap()
+    if report.account is not None:
+        out.section("Account", account_words.account_words(report.account, words.drop_unit(report), verbose))
+    if report.search:
+        out.section("Search", [account_words.search_words(report.search)])
     out.section("Joules", words.joules_words(report))
     out.section("Ratios", words.point_words(report))
     eager = words.eager_words(report)

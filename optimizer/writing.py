@@ -163,6 +163,7 @@ def build_report(run: Run, sizes: dict[str, int]) -> Report:
             "ratio_point": _point_figures(sides, sizes, peaks, label, same_graph, score, baseline_accuracy),
             "tuning": _tuning(result),
             "search": result.search,
+            "account": result.account.to_json() if result.account is not None else None,
             "run_cost": run.charge.total(first, last).to_json(),
             "torch_eager": _eager(sides, shipped),
             "passes": [row.to_json() for row in run.rows],

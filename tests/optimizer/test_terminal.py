@@ -15,7 +15,7 @@ from perwatt.report_table import accuracy_change
 from perwatt.terminal import print_difference, print_report
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reports import a_pass, a_report, a_side, an_accuracy, ratios, without_energy
+from reports import a_pass, a_report, a_search, a_share, a_side, an_account, an_accuracy, ratios, without_energy
 
 BUNDLE = Path("resnet20-cpu")
 
@@ -118,6 +118,43 @@ def test_joules_say_how_they_were_come_by() -> None:
     assert "325 µJ → 200 µJ per inference" in text
 
 
+def test_the_account_tells_of_the_largest_shares_and_counts_the_others() -> None:
+    text = shown(a_report(account=an_account()), width=140)
+    lines = [line.strip() for line in text[text.index("Account") : text.index("Joules")].rstrip().split("\n")]
+    assert lines == [
+        "Account     all passes together: 0.43× [0.41, 0.45] the CPU seconds, at the same operating point",
+        "where and how it runs: 0.86× [0.84, 0.88], before any pass",
+        "fold-batchnorm 0.90× [0.88, 0.92]: earns its keep",
+        "drop-blocks (2 times) 0.80× [0.78, 0.82], size 0.80×, accuracy 9.1 points worse: earns its keep",
+        "recover 1.00×, accuracy 8.9 points better: for accuracy",
+        "quantize-int8 0.60× [0.58, 0.62], size 0.25×, accuracy 0.1 points worse: earns its keep",
+        "and remove-dead: brings nothing",
+        "nothing measurable comes of remove-dead; left out: without all of that an inference takes 1.00× [0.98, 1.02] the CPU "
+        "seconds",
+    ]  # fmt: skip
+    many = [a_share(f"pass-{n}", 0.99 - n / 100) for n in range(6)] + [a_share("idle", 1.0, "brings nothing")]
+    text = shown(a_report(account=an_account(shares=many)), width=140)
+    assert "and 3 more, of which 2 earn their keep, 1 bring nothing (-v names them)" in text
+    assert "pass-5 0.94×" in text and "pass-1 0.98×" not in text and "idle" not in text
+    assert "Account" not in shown(a_report())
+
+
+def test_verbose_tells_of_every_pass_why() -> None:
+    text = " ".join(shown(a_report(account=an_account()), width=140, verbose=True).split())
+    assert "remove-dead 1.00× [0.98, 1.02]: brings nothing (brings nothing, measured)" in text
+    assert "-v names them" not in text
+    unknown = shown(a_report(account=an_account(shares=[a_share("odd", None, "not known")])), width=140, verbose=True)
+    assert "odd not measured (the backend refused the model): not known" in unknown
+
+
+def test_the_search_has_one_line() -> None:
+    assert "Search      6 trials of 7,840 choices in 9 min 02 s; it ended: the time is up" in shown(
+        a_report(search=a_search())
+    )
+    assert "Search      1 trial of 7,840 choices" in shown(a_report(search=a_search(trials=a_search()["trials"][:1])))
+    assert "Search" not in shown(a_report())
+
+
 def test_torch_eager_stands_beside() -> None:
     assert "16.3× [16.0, 16.7] fewer CPU seconds than torch eager (torch 2.11.0" in shown(a_report(), width=120)
     slower = a_report().torch_eager
@@ -207,7 +244,7 @@ def test_missing_is_never_zero() -> None:
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_nothing_is_cut_off_at_any_width(width: int) -> None:
-    text = shown(a_report(), width=width)
+    text = shown(a_report(account=an_account(), search=a_search()), width=width)
     assert "…" not in text
     free = [line for line in text.split("\n") if "perwatt" not in line]
     assert max(map(len, free)) <= width
@@ -242,8 +279,9 @@ def test_colours_on_a_terminal_and_none_with_no_color(monkeypatch: pytest.Monkey
 
 def test_hostile_names_steer_nothing() -> None:
     report = a_report(
-        model={"name": "[red]x[/red]\x1b[2J"}, passes=[a_pass("p\x1b]0;t\x07", "refused", reason="[/bold]\nnext")]
-    )
+        model={"name": "[red]x[/red]\x1b[2J"}, passes=[a_pass("p\x1b]0;t\x07", "refused", reason="[/bold]\nnext")],
+        account=an_account(shares=[a_share("p\x1b]0;t\x07", 0.5)], decision="\x1b[2J"), search=a_search(ended="\x1b[2J"),
+    )  # fmt: skip
     text = shown(report)
     assert "[red]x[/red]�[2J on cpu" in text
     assert "refused: [/bold] next" in text
