@@ -11,7 +11,7 @@ from perwatt.report_units import MISSING, duration, known, number, plain, ratio_
 from perwatt.report_words import accuracy_moved
 
 if TYPE_CHECKING:
-    from perwatt.report import AccountReport, ChangeReport, ShareReport
+    from perwatt.report import AccountReport, ChangeReport, RunCostReport, ShareReport
 
 SHARES_SHOWN = 4
 WORDS = {"earns its keep": "earn their keep", "for accuracy": "are for accuracy", "brings nothing": "bring nothing",
@@ -115,6 +115,16 @@ def search_words(search: Mapping[str, Any]) -> str:
     took = duration(float(search.get("seconds") or 0.0))
     many = f"{trials:,} trial{'s' * (trials != 1)} of {choices:,} choices in {took}"
     return f"{many}; it ended: {plain(search['ended'])}" if search.get("ended") else many
+
+
+def run_words(cost: RunCostReport) -> str:
+    """`this run took 9 min 02 s, 812 CPU seconds and 6.41 kJ (modelled); 3.2 million inferences win that back`."""
+    took = f"this run took {duration(cost.seconds)}, {number(cost.cpu_s)} CPU seconds"
+    if cost.energy_j is not None:
+        took += f" and {number(cost.energy_j / 1e3)} kJ ({cost.method})"
+    if cost.pays_back_after is None:
+        return f"{took}; nothing wins that back"
+    return f"{took}; {number(cost.pays_back_after, 2)} inferences win that back, in {plain(cost.pays_back_in)}"
 
 
 def objective_names(search: Mapping[str, Any]) -> list[str]:

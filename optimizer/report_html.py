@@ -22,6 +22,7 @@ from perwatt.report import (
     PassReport,
     RatioFigure,
     Report,
+    RunCostReport,
     ShareReport,
 )
 from perwatt.report_units import (
@@ -62,7 +63,7 @@ def render(report: Report) -> str:
         chart=report_chart.chart(report),
         accuracy=_accuracy(report.accuracy) + _account(report.account, words.drop_unit(report)),
         passes=_passes(report.passes, words.drop_unit(report)),
-        candidates=_search(report.search, words.drop_unit(report))
+        candidates=_search(report.search, report.run_cost, words.drop_unit(report))
         + _candidates(report.candidates, words.drop_unit(report)),
         evidence=_evidence(report),
         points=_points(report),
@@ -234,7 +235,7 @@ def _cell(words_and_interval: tuple[str, str]) -> str:
     return f'<td class="number">{_text(value)}{under}</td>'
 
 
-def _search(search: Mapping[str, Any] | None, unit: str) -> str:
+def _search(search: Mapping[str, Any] | None, cost: RunCostReport | None, unit: str) -> str:
     """What a search tried: the trials on the front, and how many others there were."""
     if not search:
         return ""
@@ -248,6 +249,8 @@ def _search(search: Mapping[str, Any] | None, unit: str) -> str:
     caption = '<p class="quiet">Trials that no other one beats in cost and in accuracy at once, as the search measured them.</p>'
     others = account_words.others_words(search)
     inner = f"<p>{_text(account_words.search_words(search))}</p>" + (caption + scroll if trials else "")
+    if cost is not None:
+        inner += f"<p>{_text(account_words.run_words(cost))}</p>"
     return _section("search", "The search", inner + (f"<p>{_text(others)}</p>" if others else ""))
 
 

@@ -72,7 +72,8 @@ def print_report(report: Report, bundle: Path, *, console: Console | None = None
     if report.account is not None:
         out.section("Account", account_words.account_words(report.account, words.drop_unit(report), verbose))
     if report.search:
-        out.section("Search", [account_words.search_words(report.search)])
+        cost = [account_words.run_words(report.run_cost)] if report.run_cost is not None else []
+        out.section("Search", [account_words.search_words(report.search), *cost])
     out.section("Joules", words.joules_words(report))
     out.section("Ratios", words.point_words(report))
     eager = words.eager_words(report)
