@@ -17,7 +17,7 @@ from typing import Any
 
 from perwatt.choices import BACKEND, FLOATING, LEARN, ORDER, PRECISION, Space, Values
 from perwatt.search_log import Log, Outcome, Trial
-from perwatt.search_model import CostModel
+from perwatt.search_model import Model, Prediction
 
 ROUND = 4
 """Trials in a round: what is proposed sees the rounds before it only, so more of them learn less from each other."""
@@ -29,8 +29,14 @@ SAMPLED_FIRST = 4
 """Every so many rounds it is the sampler's proposal that comes first."""
 SAME = 1.02
 """What costs no more than this times the least is as good to go on from."""
+ELSEWHERE = 1.5
+"""The same for an alternative on another backend, where it may bring more than on the first."""
+SLACK = 1.3
+"""What is expected to lose up to this times what may be lost may turn out to lose less."""
 PROMISING = 1.05
 """What is expected to cost up to this times the best may turn out cheaper."""
+EXPLORED = 4
+"""Trials in a row that were taken at random and brought nothing: then it is over."""
 TRIES = 8
 """Proposals of the sampler that were tried already before any other is taken."""
 
@@ -44,7 +50,8 @@ Evaluate = Callable[[Sequence[Trial], Sequence[Trial]], Iterable[tuple[Trial, Ou
 class Search:
     """Rounds over the choices of `space`. `evaluate(trials, before)` gives the outcome of each as it is known; what it leaves
     out stays to be done. `stop()` says why to end, or nothing; `after_round(best)` is told the best permitted trial so far.
-    `estimate`: what a choice will cost ÷ the original, where something is known of it."""
+    `estimate`: what a choice will cost ÷ the original, where something is known of it. `max_drop`: the accuracy
+    that may be lost, in the unit of drops; None where there is none to judge."""
 
     def __init__(
         self,
@@ -55,9 +62,10 @@ class Search:
         stop: Callable[[], str | None] = lambda: None,
         after_round: Callable[[Trial | None], None] = lambda best: None,
         estimate: Callable[[Values], float | None] = lambda values: None,
+        max_drop: float | None = None,
     ) -> None:
         self.space, self.log, self.evaluate = space, log, evaluate
-        self.stop, self.after_round, self.estimate = stop, after_round, estimate
+        self.stop, self.after_round, self.estimate, self.max_drop = stop, after_round, estimate, max_drop
         self.given_up: set[int] = set()
         """Numbers of trials that turned out not to hold when they were measured again."""
 
@@ -71,7 +79,7 @@ class Search:
             for values, why in self._proposals(before, number)[len(asked) :]:
                 asked.append(self.log.ask(values, why, number))
             if not asked:
-                return "nothing is left to try"
+                return "nothing that is left promises more"
             left = [trial for trial in asked if trial.outcome is None]
             told = {trial.number: self.log.tell(trial, outcome) for trial, outcome in self.evaluate(left, before)}
             trials = [*before, *(told.get(trial.number, trial) for trial in asked)]
@@ -110,28 +118,56 @@ class Search:
             learnt.add(learns)
             if len(taken) == ROUND:
                 break
-        return taken or next(([one] for one in self._anything(before, number)), [])
+        if taken or self._explored(before):
+            return taken
+        return next(([one] for one in self._anything(before, number)), [])
+
+    def _explored(self, before: Sequence[Trial]) -> bool:
+        """Whether the last trials were taken for want of anything better, and none of them was: what goes on costs energy."""
+        last = sorted(before, key=lambda trial: trial.number)[-EXPLORED:]
+        best = self.best(before)
+        return len(last) == EXPLORED and all(trial.why == ANY and trial is not best for trial in last)
 
     def _in_turn(self, before: Sequence[Trial], number: int) -> Iterator[tuple[Values, str]]:
         known = {_key(trial.values) for trial in before}
-        alone = [values for values in self._alone() if _key(values) not in known]
-        if alone:
-            yield from ((values, ALONE) for values in alone)
-            return
-        worth = self._worth(before)
-        around = [(values, AROUND) for trial in self._leading(before) for values in self._around(trial.values, before)]
-        back = [(values, BACK) for trial in self._near(before) for values in self._back(trial.values)]
+        first, others = self._alone()
+        model, least = Model(self.space, before), _least(self.best(before))
+        for several in (first, [values for values in others if self._worth(values, model, least, ELSEWHERE)]):
+            alone = [values for values in several if _key(values) not in known]
+            if alone:
+                yield from ((values, ALONE) for values in alone)
+                return
         if number % SAMPLED_FIRST == 0:
             yield from self._sampled(before, number)
-        for both in itertools.zip_longest(around, back):
-            yield from (one for one in both if one is not None and worth(one[0]))
+        around = [(values, AROUND) for trial in self._leading(before) for values in self._around(trial.values)]
+        back = [(values, BACK) for trial in self._near(before) for values in self._back(trial.values)]
+        yield from sorted(
+            ((values, why) for values, why in (*around, *back) if self._worth(values, model, least)),
+            key=lambda one: self._promise(one[0], model),
+        )
         yield from self._sampled(before, number)
 
-    def _worth(self, before: Sequence[Trial]) -> Callable[[Values], bool]:
-        """Tells whether a choice may be cheaper than the best, going by all that were tried."""
-        best, model = self.best(before), CostModel(self.space, before)
-        least = _cost(best) if best is not None else float("inf")
-        return lambda values: (model.cost(values) or 0.0) < PROMISING * least
+    def _worth(self, values: Values, model: Model, least: float, times: float = PROMISING) -> bool:
+        """Whether a choice may be cheaper than so many `times` the `least` and lose little enough, going by what was tried."""
+        expected = model.predict(values)
+        if expected is None or expected.cost >= times * least:
+            return expected is None
+        # Of what was never tried nobody knows what it wins back.
+        return expected.new or self._loses(expected) <= SLACK
+
+    def _promise(self, values: Values, model: Model) -> tuple[bool, float]:
+        """What sorts proposals: those that are expected to lose little enough first, the cheapest of them first."""
+        expected = model.predict(values)
+        if expected is None:
+            return True, 0.0
+        estimate = self.estimate(values) if expected.new else None
+        return self._loses(expected) > 1.0, estimate if estimate is not None else expected.cost
+
+    def _loses(self, expected: Prediction) -> float:
+        """The drop, as a share of what may be lost."""
+        if expected.drop is None or self.max_drop is None:
+            return 0.0
+        return expected.drop / max(self.max_drop, 0.1)
 
     def _leading(self, before: Sequence[Trial]) -> list[Trial]:
         """The best permitted trial, and of those that cost about the same the one that takes least time to make."""
@@ -139,47 +175,38 @@ class Search:
         same = [trial for trial in ranking if _cost(trial) <= SAME * _cost(ranking[0])]
         return sorted(same, key=lambda trial: trial.outcome.seconds if trial.outcome else 0.0)[:1] + ranking[:1]
 
-    def _alone(self) -> Iterator[dict[str, int]]:
-        """Each backend with each alternative and nothing else, in its own floating precision; then the other precisions."""
+    def _alone(self) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
+        """Each alternative by itself on the backend that the original runs best on, and every backend and floating precision
+        without any; then the alternatives on the other backends."""
         usual = self.space.usual()
         counts = {decision.name: len(decision.values) for decision in self.space.decisions}
-        for precision in range(counts.get(PRECISION, 1)):
-            for backend in range(counts.get(BACKEND, 1)):
-                yield self.space.at_home({**usual, **_only(counts, {BACKEND: backend, PRECISION: precision})})
-        for floating in range(counts.get(FLOATING, 1)):
-            for backend in range(counts.get(BACKEND, 1)):
-                yield self.space.canonical({**usual, **_only(counts, {BACKEND: backend, FLOATING: floating})})
+        alternatives = range(1, counts.get(PRECISION, 1))
+        others = range(1, counts.get(BACKEND, 1))
+        plain = [self.space.at_home({**usual, **_only(counts, {BACKEND: backend})}) for backend in (0, *others)]
+        here = [self.space.at_home({**usual, PRECISION: index}) for index in alternatives]
+        floating = [
+            self.space.canonical({**usual, **_only(counts, {BACKEND: backend, FLOATING: index})})
+            for backend in (0, *others) for index in range(counts.get(FLOATING, 1))
+        ]  # fmt: skip
+        there = [
+            self.space.at_home({**usual, BACKEND: backend, PRECISION: index})
+            for index in alternatives
+            for backend in others
+        ]
+        return [*plain, *here, *floating], there
 
-    def _around(self, values: Values, before: Sequence[Trial]) -> list[dict[str, int]]:
-        """What differs in one decision: first what takes more away, then other alternatives, then what takes less."""
-        more, other, less = [], [], []
+    def _around(self, values: Values) -> Iterator[dict[str, int]]:
+        """What differs in one decision, by one step where it is ordered."""
         for decision in self.space.decisions:
             now = values[decision.name]
-            if decision.kind == "ordered":
-                if now + 1 < len(decision.values):
-                    more.append({**values, decision.name: now + 1})
-                if now:
-                    less.append({**values, decision.name: now - 1})
-            else:
-                other += [{**values, decision.name: i} for i in range(len(decision.values)) if i != now]
-        more.sort(key=lambda one: self.estimate(one) or 0.0)
-        # Whose other alternatives did well by themselves do well here.
-        other.sort(key=lambda one: self._expected(one, before))
-        return [self.space.canonical(one) for one in (*more, *other, *less)]
-
-    def _expected(self, values: Values, before: Sequence[Trial]) -> float:
-        """The least that a choice with the same alternative, on the same backend, has cost."""
-        same = [
-            t
-            for t in before
-            if all(t.values.get(name, 0) == values.get(name, 0) for name in (BACKEND, FLOATING, PRECISION))
-        ]
-        return min((_cost(t) for t in same), default=0.0)
+            steps = (now + 1, now - 1) if decision.kind == "ordered" else range(len(decision.values))
+            for index in steps:
+                if index != now and 0 <= index < len(decision.values):
+                    yield self.space.canonical({**values, decision.name: index})
 
     def _near(self, before: Sequence[Trial]) -> list[Trial]:
         """Cheaper than the best, and only a little too inaccurate: cheapest first."""
-        best = self.best(before)
-        least = _cost(best) if best is not None else float("inf")
+        least = _least(self.best(before))
         near = [
             t for t in before
             if t.outcome is not None and set(t.outcome.missed) == {"accuracy"} and t.outcome.missed["accuracy"] <= NEAR
@@ -202,10 +229,12 @@ class Search:
 
     def _sampled(self, before: Sequence[Trial], number: int) -> list[tuple[Values, str]]:
         """What Optuna's sampler proposes, no further than one step beyond what was tried."""
-        known, worth = {_key(trial.values) for trial in before}, self._worth(before)
+        known = {_key(trial.values) for trial in before}
+        model, least = Model(self.space, before), _least(self.best(before))
         for proposed in itertools.islice(self.log.proposals(before, str(number)), TRIES if before else 0):
             values = self._within_reach(proposed, before)
-            if _key(values) not in known and worth(values) and not self._hopeless(values, before):
+            new = _key(values) not in known and not self._hopeless(values, before)
+            if new and self._worth(values, model, least):
                 return [(values, SAMPLED)]
         return []
 
@@ -261,6 +290,11 @@ class Search:
 
 def _key(values: Values) -> tuple[Any, ...]:
     return tuple(sorted(values.items()))
+
+
+def _least(best: Trial | None) -> float:
+    """What the best so far costs; infinite where there is none."""
+    return _cost(best) if best is not None else float("inf")
 
 
 def _cost(trial: Trial) -> float:

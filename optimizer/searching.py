@@ -148,7 +148,14 @@ class Searching:
             lambda text: self.progress(self._share(), text),
         )
         log = Log(self.log, space, seed=self.recipe.seed, objectives=len(self.recipe.search.objective))
-        self.search = Search(space, log, self.trials.evaluate, stop=self._stop, after_round=self._after_round)
+        self.search = Search(
+            space,
+            log,
+            self.trials.evaluate,
+            stop=self._stop,
+            after_round=self._after_round,
+            max_drop=self.study.judge.max_drop if self.study.judge.select is not None else None,
+        )
 
     # Time -------------------------------------------------------------------------------------------------------------
 

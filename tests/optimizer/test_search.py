@@ -63,7 +63,9 @@ class Scripted:
 def searched(path: Path, seed: int = 0, most: int = TRIALS, evaluate: Scripted | None = None) -> Search:
     here = space()
     log = Log(path, here, seed=seed)
-    search = Search(here, log, evaluate or Scripted(here), stop=lambda: "enough" if len(log.told()) >= most else None)
+    search = Search(
+        here, log, evaluate or Scripted(here), stop=lambda: "enough" if len(log.told()) >= most else None, max_drop=1.0
+    )
     search.run()
     return search
 
@@ -88,7 +90,7 @@ def test_every_alternative_is_tried_by_itself_first(tmp_path: Path) -> None:
     search = searched(tmp_path / "log.sqlite", most=8)
     first = [search.space.words(t.values) for t in search.log.trials()[:8]]
     assert first[:2] == ["lossless passes on openvino in bf16", "lossless passes on onnxruntime in f32"]
-    assert {"assign-precision on onnxruntime in f32", "quantize-int8 on openvino in bf16"} <= set(first)
+    assert {"assign-precision on openvino in bf16", "lossless passes on openvino in f32"} <= set(first)
 
 
 def test_no_choice_is_tried_twice(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_a_small_space_is_searched_to_its_end(tmp_path: Path) -> None:
         )
 
     search = Search(here, log, evaluate)
-    assert search.run() == "nothing is left to try"
+    assert search.run() == "nothing that is left promises more"
     assert len(log.told()) == 3
     best = search.best()
     assert best is not None and best.values == {"precision": 2}
@@ -149,7 +151,7 @@ def test_where_everything_is_refused_there_is_no_best_and_an_end(tmp_path: Path)
     here = choices.space([OneOf(steps=[PassStep(name="cast-half")]), PassStep(name="drop-blocks")], {"null": ("f32",)})
     log = Log(tmp_path / "log.sqlite", here)
     search = Search(here, log, lambda trials, before: ((trial, Outcome("refused", "no")) for trial in trials))
-    assert search.run() == "nothing is left to try" and search.best() is None
+    assert search.run() == "nothing that is left promises more" and search.best() is None
 
 
 def test_what_there_is_no_time_for_stays_to_be_done(tmp_path: Path) -> None:
