@@ -155,7 +155,7 @@ def entry_name(recipe: Recipe, here: Path, code: Callable[[], str]) -> str:
 
 def named_files(recipe: Recipe) -> dict[tuple[str, str], str]:
     """(section, key) → what the recipe says there, for everything in it that names a file or a folder."""
-    data = {key: getattr(recipe.data, key) for key in ("all", "calibrate", "eval", "train", "metric")}
+    data = {key: getattr(recipe.data, key) for key in ("all", "calibrate", "eval", "train", "confirm", "metric")}
     found = {("data", key): where for key, where in data.items() if where}
     found["model", "path"] = recipe.model.path
     if recipe.model.arch:

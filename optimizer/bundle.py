@@ -33,9 +33,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk."""
+    """A bundle on disk. `from_cache`: it was made by an earlier run of the same search."""
 
     path: Path
+    from_cache: bool = False
 
     @property
     def report(self) -> dict[str, Any]:

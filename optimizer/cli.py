@@ -122,7 +122,9 @@ def run(model: str | None, **flags: Any) -> None:
     """Optimize MODEL."""
     from perwatt.portable import recipe_for
 
-    shown = {name: flags.pop(name) for name in ("as_json", "quiet", "verbose", "dry_run", "force", "out", "config")}
+    shown = {
+        name: flags.pop(name) for name in ("as_json", "quiet", "verbose", "dry_run", "force", "fresh", "out", "config")
+    }
     options = {name.rstrip("_"): value for name, value in flags.items()}
     recipe = recipe_for(shown["config"], model=model, **options)
     from perwatt.compilation import out_folder
@@ -132,7 +134,7 @@ def run(model: str | None, **flags: Any) -> None:
         _dry_run(recipe, out, shown)
         return
     mode = "silent" if shown["quiet"] or shown["as_json"] else ("lines" if shown["verbose"] else "bar")
-    bundle = _compile(recipe, out, shown["force"], mode)
+    bundle = _compile(recipe, out, mode, force=shown["force"], fresh=shown["fresh"])
     report = bundle.report
     if bundle.outcome == "portable":
         _not_here(bundle, shown)
@@ -142,6 +144,8 @@ def run(model: str | None, **flags: Any) -> None:
         from perwatt.report import Report
         from perwatt.terminal import print_report
 
+        if bundle.from_cache:
+            click.echo(f"from the cache: this is the answer of {report['created']} (--fresh searches anew)")
         print_report(Report.model_validate(report), bundle.path, verbose=shown["verbose"])
     if bundle.outcome == "budget_not_met":
         raise SystemExit(3)
@@ -158,7 +162,7 @@ def _not_here(bundle: Any, shown: dict[str, Any]) -> None:
     raise SystemExit(4)
 
 
-def _compile(recipe: Any, out: Path, force: bool, mode: Any) -> Any:
+def _compile(recipe: Any, out: Path, mode: Any, **how: bool) -> Any:
     from perwatt.compilation import compile_model
     from perwatt.progress import Progress
 
@@ -173,7 +177,7 @@ def _compile(recipe: Any, out: Path, force: bool, mode: Any) -> Any:
                 shown.stage_at(share)
             last = stage
 
-        return compile_model(recipe, out, force=force, progress=progress)
+        return compile_model(recipe, out, progress=progress, **how)
 
 
 def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:

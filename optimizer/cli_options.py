@@ -154,6 +154,7 @@ RUN: list[Decorator] = [
     click.option("--seed", type=int, help="Seed of everything random.  [default: 0]"),
     click.option("--out", "-o", type=click.Path(), help="Bundle folder.  [default: MODEL-TARGET]"),
     click.option("--force", is_flag=True, help="Replace whatever the output folder holds."),
+    click.option("--fresh", is_flag=True, help="Search, even where the answer of the same search is in the cache."),
     click.option(
         "--dry-run", is_flag=True, help="Check flags, recipe and paths, print the resolved recipe, do nothing."
     ),

@@ -32,10 +32,12 @@ from perwatt.portable import kept_branches, write_portable
 from perwatt.preparation import Prepared, Progress, first_row, operating_point, prepare, source_outputs
 from perwatt.proving import open_pipeline
 from perwatt.recipe import OneOf, PassStep, Recipe
+from perwatt.run_cache import open_run_cache, run_key
 from perwatt.run_cost import Charge
 from perwatt.screening import Screening
 from perwatt.setup import Setup
 from perwatt.sides import Side
+from perwatt.step_store import open_step_store
 from perwatt.study import Result, Study
 from perwatt.tuning import TunePlan
 
@@ -83,7 +85,10 @@ def model_name(recipe: Recipe) -> str:
 def inputs_of(recipe: Recipe) -> list[str]:
     """The files and folders that a run reads."""
     data = recipe.data
-    return [recipe.model.path, *(where for where in (data.all, data.calibrate, data.eval, data.train) if where)]
+    return [
+        recipe.model.path,
+        *(where for where in (data.all, data.calibrate, data.eval, data.train, data.confirm) if where),
+    ]
 
 
 @contextmanager
@@ -108,13 +113,21 @@ def resolve_steps(recipe: Recipe) -> list[PassStep | OneOf]:
 
 
 def compile_model(
-    recipe: Recipe, out: Path, *, force: bool = False, progress: Progress = lambda stage, share: None
-) -> Bundle:
-    """Run the recipe and leave a bundle in `out`. Raises PerwattError; then nothing was written."""
+    recipe: Recipe, out: Path, *, force: bool = False, fresh: bool = False,
+    progress: Progress = lambda stage, share: None,
+) -> Bundle:  # fmt: skip
+    """Run the recipe and leave a bundle in `out`. The answer of the same search, of the same files on the same machine, comes
+    from the cache, but for `fresh`. Raises PerwattError; then nothing was written."""
     started = time.perf_counter()
     steps = resolve_steps(recipe)
     registry.serving(recipe.target.name)
     check_destination(out, model_name(recipe), force, inputs_of(recipe))
+    cache = open_run_cache() if searching.wanted(recipe) and recipe.target.on is None else None
+    key = run_key(recipe, steps) if cache is not None else None
+    if cache is not None and key is not None and not fresh:
+        known = cache.restore(key, out)
+        if known is not None:
+            return replace(known, from_cache=True)
     with full_disk_explained(), workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         charge = Charge()
         cleanup.callback(charge.close)
@@ -143,7 +156,15 @@ def compile_model(
         )
         run = work.run()
         progress("writing the bundle", 0.96)
-        return _write_bundle(run, out)
+        made = _write_bundle(run, out)
+        if (
+            cache is not None
+            and key is not None
+            and run.result.search
+            and run.result.search["ended"] != searching.STOPPED
+        ):
+            cache.keep(key, out)
+        return made
 
 
 def _fixed_batch_words(recipe: Recipe, source: Artifact) -> list[str]:
@@ -220,8 +241,9 @@ class _Work:
         shares = (searching.PASSES_SHARE, searching.SEARCH_SHARE) if search else _shares(self.steps)
         told = _pass_progress(self.progress, self.steps)
         self.pipeline = open_pipeline(
-            recipe, prepared, self.folder, self.checks, told, _deadline(recipe, self.started, shares[0])
-        )
+            recipe, prepared, self.folder, self.checks, told, _deadline(recipe, self.started, shares[0]),
+            open_step_store() if search else None, self.place.machine()["fingerprint"],
+        )  # fmt: skip
         self.first = first_row(
             prepared.reading,
             self.pipeline.outputs(prepared.source),

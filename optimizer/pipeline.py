@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from perwatt.artifact import Artifact, graphs_of, model_digest
 from perwatt.contract import Capabilities, Context, Loss, NodeCost, Pass, Tolerance
 from perwatt.drift import Drift, drift
-from perwatt.errors import PerwattError
+from perwatt.errors import PassError, PerwattError
+from perwatt.passes._learning import seconds_to_learn
 from perwatt.signature import Batch, TensorSpec
 
 HALF_EPSILON = {"FLOAT16": 2.0**-10, "BFLOAT16": 2.0**-7}
@@ -25,6 +26,7 @@ ROUNDINGS = 16
 """Roundings of the type, of values as large as the outputs' RMS, that a pass may shift in a model that calculates in half."""
 
 OUT_OF_TIME = "out of time"
+NOT_VERIFIED = "not verified numerically"
 Status = Literal["applied", "unchanged", "refused", "rolled-back", "not-chosen"]
 
 
@@ -45,10 +47,13 @@ class Row:
     measured: dict[str, Any] | None = None
     behind: list[str] = field(default_factory=list)
     """Lossy passes that had changed the model it was given."""
+    cached: bool = False
+    """An earlier run took this step, which took it `seconds`; no part of the report."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the report."""
         plain = asdict(self)
+        del plain["cached"]
         if self.size_bytes is not None:
             plain["size_bytes"] = {"before": self.size_bytes[0], "after": self.size_bytes[1]}
         if self.operators is not None:
@@ -76,6 +81,27 @@ class Ask:
     judge: Callable[[Artifact], Loss | None]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A step that is asked for: a pass on a model, with what it sees of a target. `target` is empty for a pass that doesn't
+    measure."""
+
+    artifact: Artifact
+    made_by: Pass
+    capabilities: Capabilities
+    target: str
+
+
+class Memory(Protocol):
+    """Steps that earlier runs took."""
+
+    def recall(self, asked: Asked) -> tuple[Artifact, Row] | None:
+        """The step; None where it was not taken."""
+
+    def keep(self, asked: Asked, after: Artifact, row: Row) -> None:
+        """Keep a step that was taken now."""
+
+
 @dataclass
 class _Known:
     """What pipelines of one run share: outputs of the reference by the model's digest, and steps that were taken."""
@@ -86,15 +112,22 @@ class _Known:
 
 class Pipeline:
     """Runs passes from one original. Each model is run once by the reference, and each pass once on a model, whichever
-    targets ask for it."""
+    targets ask for it; not even that where an earlier run did, which `memory` tells."""
 
     def __init__(
-        self, original: Artifact, context: Context, proof: Proof, known: _Known | None = None, target: str = ""
+        self,
+        original: Artifact,
+        context: Context,
+        proof: Proof,
+        known: _Known | None = None,
+        target: str = "",
+        memory: Memory | None = None,
     ) -> None:
         self.original = original
         self.target = target
         self.context = context
         self.proof = proof
+        self.memory = memory
         self._known = known or _Known()
 
     def for_target(self, capabilities: Capabilities, target: str = "", ask: Ask | None = None) -> Pipeline:
@@ -102,7 +135,7 @@ class Pipeline:
         context = replace(self.context, capabilities=capabilities)
         if ask is not None:
             context = replace(context, measure=ask.measure, profile=ask.profile, judge=ask.judge)
-        return Pipeline(self.original, context, self.proof, self._known, target)
+        return Pipeline(self.original, context, self.proof, self._known, target, self.memory)
 
     def run(self, artifact: Artifact, passes: Sequence[Pass]) -> tuple[Artifact, list[Row]]:
         """The artifact after all passes that held their promise, and a row for every one."""
@@ -118,19 +151,23 @@ class Pipeline:
             return artifact, Row(made_by.name(), made_by.settings(), "refused", OUT_OF_TIME)
         # A pass that doesn't say that it depends on the target sees none, so that its result serves them all.
         capabilities = self.context.capabilities if made_by.depends_on_target else Capabilities()
-        key = repr((artifact.digest(), made_by, capabilities, self.target if made_by.measures else ""))
+        asked = Asked(artifact, made_by, capabilities, self.target if made_by.measures else "")
+        key = repr((artifact.digest(), made_by, capabilities, asked.target))
         if key not in self._known.steps:
-            self._known.steps[key] = self._taken(
-                artifact, made_by, replace(self.context, capabilities=capabilities, original=self.original)
-            )
+            self.context.progress(made_by.name())
+            recalled = self.memory.recall(asked) if self.memory is not None else None
+            self._known.steps[key] = recalled or self._taken(asked)
         return self._known.steps[key]
 
-    def _taken(self, artifact: Artifact, made_by: Pass, context: Context) -> tuple[Artifact, Row]:
-        self.context.progress(made_by.name())
+    def _taken(self, asked: Asked) -> tuple[Artifact, Row]:
+        artifact, made_by = asked.artifact, asked.made_by
+        context = replace(self.context, capabilities=asked.capabilities, original=self.original)
         start = time.perf_counter()
         row = Row(made_by.name(), made_by.settings(), "refused")
+        raised = True
         try:
             after = self._verified(artifact, made_by, row, context)
+            raised = False
         except PerwattError as error:
             row.status, row.reason, after = "rolled-back", str(error), artifact
         except Exception as error:
@@ -138,7 +175,23 @@ class Pipeline:
             words = " ".join(str(error).split())[:300]
             row.status, row.reason, after = "rolled-back", f"{type(error).__name__}: {words}", artifact
         row.seconds = round(time.perf_counter() - start, 3)
+        # What raised, or could not be verified, may do so for what is the matter with this machine today.
+        by_chance = raised or (row.reason or "").startswith(NOT_VERIFIED)
+        if self.memory is not None and not by_chance and self._had_its_time(made_by):
+            self.memory.keep(asked, after, row)
         return after, row
+
+    def _had_its_time(self, made_by: Pass) -> bool:
+        """Whether the deadline can have had no part in what a pass made that has just ended. One that learns takes what it is
+        given, so it must have been given all that it asks for: it is where it would be even now."""
+        deadline = self.context.deadline
+        if deadline is None or not made_by.mends:
+            return deadline is None or time.monotonic() < deadline
+        minutes = made_by.settings().get("minutes")
+        try:
+            return minutes is not None and seconds_to_learn(minutes, self.context) == minutes * 60
+        except PassError:
+            return False
 
     def _verified(self, before: Artifact, made_by: Pass, row: Row, context: Context) -> Artifact:
         # The pass gets a twin: what it breaks in there, by mistake or on its way to an error, is not what goes on.
@@ -195,7 +248,7 @@ class Pipeline:
     def _drifted(self, before: Artifact, after: Artifact, made_by: Pass, row: Row) -> list[str]:
         old, new, first = self.outputs(before), self.outputs(after), self.outputs(self.original)
         if isinstance(new, str) or isinstance(old, str):
-            row.reason = f"not verified numerically, accuracy decides: {new if isinstance(new, str) else old}"
+            row.reason = f"{NOT_VERIFIED}, accuracy decides: {new if isinstance(new, str) else old}"
             return [row.reason] if made_by.tolerance is not None and not isinstance(old, str) else []
         measured = drift(old, new, _allowed(made_by.tolerance, before))
         row.drift = finite_drift(measured)

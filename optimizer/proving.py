@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from perwatt.artifact import Artifact
+from perwatt.bench.fingerprint import fingerprint
+from perwatt.cache_keys import StepKeys
 from perwatt.contract import Capabilities, Context, Pass
 from perwatt.data import Samples
 from perwatt.errors import BackendError, PerwattError
@@ -17,6 +19,7 @@ from perwatt.pipeline import Pipeline, Proof
 from perwatt.preparation import Opened
 from perwatt.recipe import Recipe
 from perwatt.signature import Batch
+from perwatt.step_store import KeptSteps, StepStore
 from perwatt.worker import load_outputs
 
 PORTION = 8
@@ -33,9 +36,12 @@ def open_pipeline(
     checks: Worker,
     progress: Callable[[str], None],
     deadline: float | None = None,
+    store: StepStore | None = None,
+    machine: Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """The pipeline from the model as read, for no target yet (`Pipeline.for_target`), so nothing can be measured. Models,
-    samples and outputs that pass between processes lie in `folder`; `deadline` is in `time.monotonic()` seconds."""
+    samples and outputs that pass between processes lie in `folder`; `deadline` is in `time.monotonic()` seconds. Steps that
+    an earlier run took come from `store`; `machine`: the fingerprint of the one that measures, None for this one."""
     samples, saved = opened.samples, opened.saved
 
     def execute(
@@ -97,7 +103,12 @@ def open_pipeline(
         run_isolated=run_isolated,
         reference_on=reference,
     )
-    return Pipeline(opened.source, context, proof)
+    memory = None
+    if store is not None:
+        decide = {role: samples[role] for role in (*FOR_PASSES, "check", "confirm") if role in samples}
+        keys = StepKeys(recipe, opened.source, decide, fingerprint() if machine is None else machine, context.made_up)
+        memory = KeptSteps(store, keys, folder)
+    return Pipeline(opened.source, context, proof, memory=memory)
 
 
 def _not_here(_: Any) -> Any:

@@ -35,6 +35,7 @@ from perwatt.search_log import Log, Trial, front
 from perwatt.study import Result, Study
 from perwatt.trials import Trials
 
+STOPPED = "stopped by Ctrl-C"
 FROM_S = 120.0
 """A time budget from here on is spent on a search; less is what the plain pipeline takes."""
 SEARCH_SHARE, ACCOUNT_SHARE, PASSES_SHARE = 0.75, 0.9, 0.95
@@ -113,7 +114,7 @@ class Searching:
             try:
                 why = self.search.run()
             except KeyboardInterrupt:
-                why = "stopped by Ctrl-C"
+                why = STOPPED
                 self.study.progress(0.75, "stopping: measuring the best so far (Ctrl-C again: at once)")
             baseline.p99_ms = baseline.p99_ms or p99_ms(side)
         finally:

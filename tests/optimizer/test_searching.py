@@ -168,3 +168,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_answer(here: Path, tmp_path:
     report = Bundle(out).report
     assert told(report) == told(whole)
     assert report["search"]["shipped"] == whole["search"]["shipped"]
+
+
+@pytest.mark.slow
+def test_the_same_search_again_comes_from_the_cache(here: Path, tmp_path: Path, cache: Path) -> None:
+    arguments = ("net.onnx", *FLAGS, "--trials", 3, "--out")
+    first = optimize(*arguments, tmp_path / "first", cwd=here)
+    assert first.returncode == 0 and "from the cache" not in first.stdout, first.stderr
+    again = optimize(*arguments, tmp_path / "again", cwd=here)
+    assert again.returncode == 0 and "from the cache: this is the answer of" in again.stdout, again.stderr
+    reports = [Bundle(tmp_path / name).report for name in ("first", "again")]
+    assert reports[0] == reports[1]
+    fresh = optimize(*arguments, tmp_path / "again", "--fresh", "--json", cwd=here)
+    assert json.loads(fresh.stdout)["created"] > reports[0]["created"]
