@@ -129,7 +129,6 @@ def test_the_same_question_has_the_same_key_in_another_process(asking: Asking) -
         {"options": {"seed": 1}},
         {"capabilities": Capabilities(isa=("avx2",))},
     ],
-    ids=str,
 )
 def test_what_any_pass_may_depend_on_is_in_its_key(asking: Asking, changes: dict[str, Any]) -> None:
     assert asking.key(**changes) != asking.key()
@@ -170,7 +169,6 @@ def test_budget_counts_for_lossy_passes_and_how_it_runs_for_those_that_measure(
 @pytest.mark.parametrize(
     "changes",
     [{"machine": {"name": "another"}}, {"target": "openvino"}, {"samples": {"confirm": samples(3.0)}}],
-    ids=str,
 )
 def test_machine_target_and_what_judges_count_for_passes_that_measure(asking: Asking, changes: dict[str, Any]) -> None:
     assert asking.key(Measuring(), **changes) != asking.key(Measuring())
