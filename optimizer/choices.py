@@ -5,7 +5,7 @@ may be searched (`Pass.searched`). Alternatives (`one-of`) are one decision. Wha
 rounds, with a pass that mends after each: a network that lost a tenth is taught back in a fraction of the time of one that lost
 half, and a choice that takes more away begins with what one that takes less has learnt.
 
-    drop-blocks 0.2, learn usual   →   drop-blocks(0.1), recover, drop-blocks(0.111), recover
+    drop-blocks 0.2, learn usual   →   drop-blocks(0.1), recover, drop-blocks(0.2, cumulative), recover
 
 Decisions that make no difference to a choice are set to their first value (`Space.canonical`), so that two ways of saying the
 same are one.
@@ -44,11 +44,24 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Removal:
-    """A lossy pass that is put in or left out; `options`: its settings for each value but the first, which leaves it out."""
+    """A lossy pass that is put in or left out; `options`: its settings for each value but the first, which leaves it out; `ways`:
+    other settings that it may have besides, chosen by the decision `how`."""
 
     step: PassStep
     options: tuple[dict[str, Any], ...]
     gradual: str | None
+    ways: tuple[dict[str, Any], ...] = ({},)
+
+    @property
+    def how(self) -> str:
+        """`prune-channels multiple`: the decision between ways, where there are several."""
+        return f"{self.step.name} {' and '.join(self.ways[0])}"
+
+    def rounds(self, values: Values, gradually: bool) -> list[dict[str, Any]]:
+        """Settings of each round, as a choice has them; of one round where it does not go gradually."""
+        index, way = values[self.step.name], self.ways[values.get(self.how, 0)]
+        shares = _gradually(self, index) if gradually else [self.options[index - 1]]
+        return [{**options, **way} for options in shares]
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ class Space:
         """The same choice with what makes no difference set to its first value."""
         found = {d.name: min(max(0, int(values.get(d.name, 0))), len(d.values) - 1) for d in self.decisions}
         removed = [one for one in self.removals if found[one.step.name]]
+        found.update({one.how: 0 for one in self.removals if one.how in found and one not in removed})
         if len(removed) < 2 and ORDER in found:
             found[ORDER] = 0
         if not removed and LEARN in found:
@@ -159,21 +173,19 @@ class Space:
         removals = [one for one in self.removals if values[one.step.name]]
         if values.get(ORDER):
             removals.reverse()
-        rounds = max((len(_gradually(one, values[one.step.name])) for one in removals), default=0)
-        if self.mending is None:
-            for one in removals:
-                yield _with(one.step, one.options[values[one.step.name] - 1])
-            return
+        settings = {one.step.name: one.rounds(values, self.mending is not None) for one in removals}
+        rounds = max(map(len, settings.values()), default=0)
         for number in range(rounds):
             for one in removals:
                 # All of them end in the last round: what goes at once goes there, with the most to learn from behind it.
-                shares = _gradually(one, values[one.step.name])
+                shares = settings[one.step.name]
                 position = number - (rounds - len(shares))
                 if position >= 0:
                     yield _with(one.step, shares[position])
-            last = number == rounds - 1
-            longer = LONGER if last and values.get(LEARN) else 1.0
-            yield _with_minutes(self.mending, None if minutes is None else round(minutes * longer, 3))
+            if self.mending is not None:
+                last = number == rounds - 1
+                longer = LONGER if last and values.get(LEARN) else 1.0
+                yield _with_minutes(self.mending, None if minutes is None else round(minutes * longer, 3))
 
     def learns(self, values: Values) -> int:
         """How many times a choice learns."""
@@ -185,7 +197,7 @@ class Space:
         if not self.learns(values):
             return ()
         found = self.canonical(values)
-        apart = {one.step.name for one in self.removals} | {BACKEND, ORDER, LEARN}
+        apart = {name for one in self.removals for name in (one.step.name, one.how)} | {BACKEND, ORDER, LEARN}
         tuned = self.tuning is not None and found[self.tuning.name]
         return tuple(found[d.name] if tuned or d.name in apart else 0 for d in self.decisions)
 
@@ -208,13 +220,7 @@ def _gradually(one: _Removal, index: int) -> list[dict[str, Any]]:
     """The settings of each round, up to the value at `index`."""
     if one.gradual is None:
         return [one.options[index - 1]]
-    rounds, before = [], 0.0
-    for options in one.options[:index]:
-        amount = float(options[one.gradual])
-        # Of what is left: a tenth of the whole is more of what nine tenths are.
-        rounds.append({**options, one.gradual: round((amount - before) / (1 - before), 4)})
-        before = amount
-    return rounds
+    return [{**options, "cumulative": True} for options in one.options[:index]]
 
 
 def _with(step: PassStep, settings: Mapping[str, Any]) -> PassStep:
@@ -258,8 +264,7 @@ def space(steps: Sequence[PassStep | OneOf], places: Mapping[str, Sequence[str]]
         elif cls.stage is Stage.PRECISION:
             alternatives += _spelt_out(step)
         else:
-            options = tuple(_options(cls, step.settings)) or ({},)
-            found["removals"].append(_Removal(step, options, cls.gradual if cls.gradual not in step.settings else None))
+            found["removals"].append(_removal(cls, step))
     if not found["removals"]:
         found["mending"] = None
     if len(alternatives) == 1:
@@ -283,6 +288,8 @@ def _decisions(
         told = tuple(_told(options) for options in one.options)
         amounts = all(len(options) == 1 and _is_number(*options.values()) for options in one.options)
         yield Decision(one.step.name, ("none", *told), "ordered" if amounts else "categorical")
+        if len(one.ways) > 1:
+            yield Decision(one.how, tuple(_told(way) for way in one.ways))
     if len(found["removals"]) > 1:
         names = [one.step.name for one in found["removals"]]
         yield Decision(ORDER, (" before ".join(names), " before ".join(reversed(names))))
@@ -294,24 +301,32 @@ def _decisions(
         yield Decision(found["tuning"].name, ("no", "yes"))
 
 
+def _removal(cls: type[Pass], step: PassStep) -> _Removal:
+    """How much goes is the first setting that may be searched, where it is a number; the others are ways to do it."""
+    open_ = [name for name in cls.searched if name not in step.settings]
+    amount = open_[0] if open_ and all(map(_is_number, cls.searched[open_[0]])) else None
+    options, ways = dict[str, Any](), dict[str, Any]()
+    for name in open_:
+        (options if amount in (None, name) else ways)[name] = cls.searched[name]
+    gradual = cls.gradual if cls.gradual not in step.settings else None
+    return _Removal(step, tuple(_products(options)), gradual, tuple(_products(ways)))
+
+
+def _products(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination; the empty one where there is nothing to choose."""
+    for values in itertools.product(*options.values()):
+        yield dict(zip(options, values, strict=True))
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _spelt_out(step: PassStep) -> list[PassStep]:
     """A pass with each of the settings that may be searched and that the recipe leaves open."""
-    cls = registry.pass_class(step.name)
-    options = list(_options(cls, step.settings)) or [{}]
+    searched = registry.pass_class(step.name).searched
+    options = _products({name: values for name, values in searched.items() if name not in step.settings})
     return [PassStep(name=step.name, settings={**step.settings, **one}) for one in options]
-
-
-def _options(cls: type[Pass], fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values that a pass says may be searched, but for settings that are fixed."""
-    if not cls.searched:
-        return
-    open_ = {name: values for name, values in cls.searched.items() if name not in fixed}
-    for values in itertools.product(*open_.values()):
-        yield dict(zip(open_, values, strict=True))
 
 
 def _told(settings: Mapping[str, Any]) -> str:

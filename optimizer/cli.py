@@ -177,11 +177,17 @@ def _compile(recipe: Any, out: Path, mode: Any, **how: bool) -> Any:
                 shown.stage_at(share)
             last = stage
 
-        return compile_model(recipe, out, progress=progress, **how)
+        return compile_model(
+            recipe, out, progress=progress, announce=lambda plan: shown.tell(_planned(plan.words())), **how
+        )
+
+
+def _planned(words: list[str]) -> list[str]:
+    return ["the plan:", *(f"  {line}" for line in words)]
 
 
 def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
-    from perwatt import datasets, registry
+    from perwatt import datasets, registry, searching
     from perwatt import recipe as recipes
     from perwatt.bundle import check_destination, is_bundle
     from perwatt.compilation import inputs_of, model_name, resolve_steps
@@ -194,14 +200,31 @@ def _dry_run(recipe: Any, out: Path, shown: dict[str, Any]) -> None:
         datasets.kind_of(where)
     path = Path(recipe.model.path)
     kind = "bundle" if is_bundle(path) else detect(path)
-    resolved = recipe.model_copy(update={"passes": steps})
+    # A search has more to choose from than the default passes, and would be bound to them where they were spelled out.
+    free = searching.wanted(recipe) and recipe.passes == "default"
+    resolved = recipe if free else recipe.model_copy(update={"passes": steps})
     notes = registry.out_of_order(steps)
+    mode = "silent" if shown["quiet"] or shown["as_json"] else ("lines" if shown["verbose"] else "bar")
     if shown["as_json"]:
+        plan = _plan(recipe, out, mode)
         told = {"model_format": kind, "out": str(out), "notes": notes, "recipe": resolved.model_dump(mode="json")}
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps({**told, "plan": None if plan is None else plan.to_json()}, indent=2))
     elif not shown["quiet"]:
         said = "".join(f"# {note}\n" for note in notes)
         click.echo(f"# {path}: {kind}; the bundle would be {out}\n{said}{recipes.dump(resolved)}", nl=False)
+        plan = _plan(recipe, out, mode)
+        if plan is not None:
+            # As comments: what is printed is a recipe.
+            click.echo("\n".join(f"# {line}" for line in _planned(plan.words())))
+
+
+def _plan(recipe: Any, out: Path, mode: Any) -> Any:
+    """The plan of a search; None where the recipe asks for none."""
+    from perwatt.compilation import plan_model
+    from perwatt.progress import Progress
+
+    with Progress(mode) as shown:
+        return plan_model(recipe, out, progress=lambda stage, share: shown.stage(stage, share, until=share))
 
 
 @cli.command()

@@ -156,7 +156,9 @@ RUN: list[Decorator] = [
     click.option("--force", is_flag=True, help="Replace whatever the output folder holds."),
     click.option("--fresh", is_flag=True, help="Search, even where the answer of the same search is in the cache."),
     click.option(
-        "--dry-run", is_flag=True, help="Check flags, recipe and paths, print the resolved recipe, do nothing."
+        "--dry-run",
+        is_flag=True,
+        help="Check flags, recipe and paths, print the resolved recipe and, of a search, its plan; write nothing.",
     ),
     click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output."),
     click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),

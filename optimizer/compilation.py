@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perwatt import registry, searching
+from perwatt import planning, registry, searching
 from perwatt.artifact import Artifact
 from perwatt.backends import Backend
 from perwatt.bench.power_control import PowerControl
@@ -28,6 +28,7 @@ from perwatt.judging import Judge
 from perwatt.measuring import SCREENING, Conductor, Effort, costs, interleave
 from perwatt.pipeline import Ask, Pipeline, Row
 from perwatt.place import Place, open_place
+from perwatt.planning import Plan
 from perwatt.portable import kept_branches, write_portable
 from perwatt.preparation import Prepared, Progress, first_row, operating_point, prepare, source_outputs
 from perwatt.proving import open_pipeline
@@ -114,10 +115,11 @@ def resolve_steps(recipe: Recipe) -> list[PassStep | OneOf]:
 
 def compile_model(
     recipe: Recipe, out: Path, *, force: bool = False, fresh: bool = False,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress = lambda stage, share: None, announce: Callable[[Plan], None] = lambda plan: None,
 ) -> Bundle:  # fmt: skip
     """Run the recipe and leave a bundle in `out`. The answer of the same search, of the same files on the same machine, comes
-    from the cache, but for `fresh`. Raises PerwattError; then nothing was written."""
+    from the cache, but for `fresh`. `announce` is given the plan of a search before it begins. Raises PerwattError; then nothing
+    was written."""
     started = time.perf_counter()
     steps = resolve_steps(recipe)
     registry.serving(recipe.target.name)
@@ -128,43 +130,44 @@ def compile_model(
         known = cache.restore(key, out)
         if known is not None:
             return replace(known, from_cache=True)
-    with full_disk_explained(), workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
+    with full_disk_explained(), _opened(recipe, steps, out, progress, started) as work:
+        if work.prepared.absent is not None:
+            return write_portable(*work.portable(), out)
+        run = work.run(announce)
+        progress("writing the bundle", 0.96)
+        made = _write_bundle(run, out)
+        whole = run.result.search is not None and run.result.search["ended"] != searching.STOPPED
+        if cache is not None and key is not None and whole:
+            cache.keep(key, out)
+        return made
+
+
+def plan_model(recipe: Recipe, out: Path, *, progress: Progress = lambda stage, share: None) -> Plan | None:
+    """The plan of the search that this recipe asks for; None where it asks for none, or its target is not here. Writes nothing.
+    Raises PerwattError."""
+    if not searching.wanted(recipe):
+        return None
+    steps = resolve_steps(recipe)
+    with full_disk_explained(), _opened(recipe, steps, out, progress, time.perf_counter()) as work:
+        return None if work.prepared.absent is not None else work.plan()
+
+
+@contextmanager
+def _opened(
+    recipe: Recipe, steps: list[PassStep | OneOf], out: Path, progress: Progress, started: float
+) -> Iterator[_Work]:
+    """The model read, its samples divided, the place to measure open."""
+    with workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         charge = Charge()
         cleanup.callback(charge.close)
         place = cleanup.enter_context(open_place(recipe.target.on))
         prepared = prepare(recipe, Path(scratch), checks, place, progress, cleanup)
         prepared.notes.extend(registry.out_of_order(steps))
-        if prepared.absent is not None:
-            return write_portable(*_portable(recipe, steps, prepared, Path(scratch), checks, progress, started), out)
-        device = prepared.backends[0].device
-        watched = all(backend.meter == "auto" for backend in prepared.backends)
-        meter, notes = place.meter("auto" if watched else "none", device)
-        counted = meter.method in ("counter", "metered") and meter.boundary in ("device", "wall")
-        prepared.backends = [replace(b, joules_count=device == "gpu" and counted) for b in prepared.backends]
-        cleanup.callback(meter.close)
-        prepared.notes.extend(
-            [*notes, *_fixed_batch_words(recipe, prepared.source), *_unjudged_words(recipe, prepared)]
-        )
-        conductor = Conductor(meter, seed=recipe.seed, device=device)
-        conductor.power = _power_control(recipe, device, prepared.notes, cleanup)
-        if searching.wanted(recipe):
+        if searching.wanted(recipe) and prepared.absent is None:
             steps = searching.steps_for(recipe, prepared, steps)
             # What is judged in the end is what no trial saw.
             prepared = replace(prepared, evaluation=prepared.confirm or prepared.evaluation)
-        work = _Work(
-            recipe, steps, prepared, Path(scratch), checks, place, conductor, charge, progress, started, out, cleanup
-        )
-        run = work.run()
-        progress("writing the bundle", 0.96)
-        made = _write_bundle(run, out)
-        if (
-            cache is not None
-            and key is not None
-            and run.result.search
-            and run.result.search["ended"] != searching.STOPPED
-        ):
-            cache.keep(key, out)
-        return made
+        yield _Work(recipe, steps, prepared, Path(scratch), checks, place, charge, progress, started, out, cleanup)
 
 
 def _fixed_batch_words(recipe: Recipe, source: Artifact) -> list[str]:
@@ -202,19 +205,6 @@ def _power_control(recipe: Recipe, device: str, notes: list[str], cleanup: ExitS
     return None if reasons else control
 
 
-def _portable(recipe: Recipe, steps: list[PassStep | OneOf], prepared: Prepared, folder: Path, checks: Worker,
-              progress: Progress, started: float) -> tuple[Recipe, Prepared, list[Branch], Pipeline, Path, Worker]:  # fmt: skip
-    """The graphs for a backend that is not here, each verified by the reference."""
-    assert prepared.absent is not None
-    deadline = _deadline(recipe, started, _shares(steps)[0])
-    pipeline = open_pipeline(recipe, prepared, folder, checks, _pass_progress(progress, steps), deadline)
-    pipeline = pipeline.for_target(prepared.absent.capabilities)
-    progress("running the passes", 0.3)
-    branches = explore(pipeline, prepared.source, steps)
-    progress("judging the variants", 0.7)
-    return recipe, prepared, branches, pipeline, folder, checks
-
-
 @dataclass
 class _Work:
     """From the model as read to the answer: passes, candidates, measurements. The sides of the answer stay open until
@@ -226,17 +216,47 @@ class _Work:
     folder: Path
     checks: Worker
     place: Place
-    conductor: Conductor
     charge: Charge
     progress: Progress
     started: float
     out: Path
     cleanup: ExitStack
 
-    def run(self) -> Run:
+    def portable(self) -> tuple[Recipe, Prepared, list[Branch], Pipeline, Path, Worker]:
+        """The graphs for a backend that is not here, each verified by the reference."""
+        recipe, prepared = self.recipe, self.prepared
+        assert prepared.absent is not None
+        deadline = _deadline(recipe, self.started, _shares(self.steps)[0])
+        told = _pass_progress(self.progress, self.steps)
+        pipeline = open_pipeline(recipe, prepared, self.folder, self.checks, told, deadline)
+        pipeline = pipeline.for_target(prepared.absent.capabilities)
+        self.progress("running the passes", 0.3)
+        branches = explore(pipeline, prepared.source, self.steps)
+        self.progress("judging the variants", 0.7)
+        return recipe, prepared, branches, pipeline, self.folder, self.checks
+
+    def plan(self) -> Plan:
+        """The plan of a search that will not begin."""
+        study = self._begun()
+        return planning.without_searching(
+            self.steps, self.prepared, study.screening, self._pipeline_for, searching.limits(self.recipe),
+            lambda text: self.progress(f"planning: {text}", 0.5),
+        )  # fmt: skip
+
+    def run(self, announce: Callable[[Plan], None]) -> Run:
         """Study the candidates, or search for better ones, and tell what was found."""
+        study = self._begun()
+        search = searching.wanted(self.recipe) and self.kept is None
+        result = self._searched(study, announce) if search else study.run()
+        for side in result.sides.values():
+            self.cleanup.callback(side.close)
+        return self._told(result)
+
+    def _begun(self) -> Study:
+        """Everything open that a study needs."""
         recipe, prepared = self.recipe, self.prepared
         search = searching.wanted(recipe)
+        self.conductor = self._watching()
         self.setup = Setup(self.folder, prepared.saved["timing"], self.conductor, self.place.worker)
         shares = (searching.PASSES_SHARE, searching.SEARCH_SHARE) if search else _shares(self.steps)
         told = _pass_progress(self.progress, self.steps)
@@ -250,19 +270,31 @@ class _Work:
             lambda: source_outputs(prepared.reading, prepared.saved["check"], prepared.eager, recipe, self.folder),
         )
         self.judge = Judge(recipe.budget, prepared.max_drop, prepared.select, prepared.evaluation, self.folder)
-        kept = kept_branches(recipe, self.pipeline, self.folder)
-        study = self._study(kept, _deadline(recipe, self.started, shares[1]))
-        result = self._searched(study) if search and kept is None else study.run()
-        for side in result.sides.values():
-            self.cleanup.callback(side.close)
-        return self._told(result)
+        self.kept = kept_branches(recipe, self.pipeline, self.folder)
+        return self._study(_deadline(recipe, self.started, shares[1]))
 
-    def _study(self, kept: list[Branch] | None, deadline: float | None) -> Study:
+    def _watching(self) -> Conductor:
+        """What measures, by the meter that there is."""
+        recipe, prepared = self.recipe, self.prepared
+        device = prepared.backends[0].device
+        watched = all(backend.meter == "auto" for backend in prepared.backends)
+        meter, notes = self.place.meter("auto" if watched else "none", device)
+        self.cleanup.callback(meter.close)
+        counted = meter.method in ("counter", "metered") and meter.boundary in ("device", "wall")
+        prepared.backends = [replace(b, joules_count=device == "gpu" and counted) for b in prepared.backends]
+        prepared.notes.extend(
+            [*notes, *_fixed_batch_words(recipe, prepared.source), *_unjudged_words(recipe, prepared)]
+        )
+        conductor = Conductor(meter, seed=recipe.seed, device=device)
+        conductor.power = _power_control(recipe, device, prepared.notes, self.cleanup)
+        return conductor
+
+    def _study(self, deadline: float | None) -> Study:
         recipe, prepared = self.recipe, self.prepared
 
         def branches(backend: Backend) -> list[Branch]:
-            if kept is not None:
-                return kept
+            if self.kept is not None:
+                return self.kept
             self.progress("running the passes", 0.35)
             return explore(self._pipeline_for(backend), prepared.source, self.steps)
 
@@ -278,7 +310,7 @@ class _Work:
             progress=lambda share, text: self.progress(text, 0.3 + 0.65 * share),
         )
 
-    def _searched(self, study: Study) -> Result:
+    def _searched(self, study: Study, announce: Callable[[Plan], None]) -> Result:
         found = searching.Searching(
             self.recipe,
             study,
@@ -291,6 +323,7 @@ class _Work:
             _deadline(self.recipe, self.started, searching.SEARCH_SHARE),
             _deadline(self.recipe, self.started, searching.ACCOUNT_SHARE),
             lambda share, text: self.progress(text, 0.3 + 0.4 * share),
+            announce,
         )
         return found.run()
 

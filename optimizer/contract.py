@@ -161,8 +161,10 @@ class Pass(ABC):
     makes is as fast and more accurate, and takes the place of what it was given.
 
     `in_search`: a search puts it in, where the recipe leaves the passes to it. `searched`: settings → values that a search may
-    try, in its own words those that `(search: …)` names; the more to the right, the more is taken away. `gradual` is one of
-    them that says which share goes: where there is something to learn from, a search takes it in rounds.
+    try, in its own words those that `(search: …)` names; of a removal the first says how much, the more to the right the more is
+    taken away, and others how. `gradual` is one of
+    them that says which share goes: where there is something to learn from, a search takes it in rounds. Such a pass has the
+    setting `cumulative`, which makes that share count what earlier rounds took.
     """
 
     stage: ClassVar[Stage]

@@ -19,6 +19,7 @@ State is written aside every half minute; the same call goes on where one was ki
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from perwatt.artifact import Artifact, Step
+from perwatt.batching import apart
 from perwatt.data import Samples
 from perwatt.distillation_inputs import UNLABELLED, Drawn, augmentation
 from perwatt.distillation_norms import fold_norms, put_norms, reestimate, with_biases
@@ -49,6 +51,8 @@ WARM = 0.1
 """Share of the steps in which the learning rate rises."""
 MASKED = 0.25
 """A weight with more zeros than that is sparse, and stays so."""
+WIDE = 8.0
+"""Standard deviation of the scores of a row that the temperature is meant for, at most."""
 TOKENS = ("Softmax", "Attention", "LayerNormalization", "RMSNormalization")
 """What tells a transformer."""
 
@@ -112,6 +116,7 @@ class _Work:
         )
         self.network = self._module(with_outputs(self.student, self.hints))
         self.teacher = self._module(with_outputs(teacher, self.hints)).eval()
+        _check_batches(student, self.teacher, select)
         self.samples, self.select = samples, select
         self.generator = np.random.default_rng(plan.seed)
         self.augment, self.notes = augmentation(plan.augment, plan.mix, self.teacher, samples)
@@ -134,6 +139,7 @@ class _Work:
         self.norms = [] if self.transformer or not plan.norms else put_norms(self.network, self._some())
         self.optimizer = self._optimizer()
         self.targets = [self._run(self.teacher, batch) for batch in select.batches(plan.batch)]
+        self.heat = plan.temperature * _too_wide(self.targets)
         self.done, self.spent = 0, 0.0
         self.stream = self._stream()
         self.best_step, self.kept = 0, self._state()
@@ -301,9 +307,9 @@ class _Work:
         return total / max(1, count)
 
     def _divergence(self, mine: Any, theirs: Any) -> Any:
-        heat = self.plan.temperature
-        wanted = F.log_softmax(theirs / heat, dim=1)
-        return F.kl_div(F.log_softmax(mine / heat, dim=1), wanted, reduction="batchmean", log_target=True) * heat**2
+        wanted = F.log_softmax(theirs / self.heat, dim=1)
+        found = F.kl_div(F.log_softmax(mine / self.heat, dim=1), wanted, reduction="batchmean", log_target=True)
+        return found * self.plan.temperature**2
 
     def _optimizer(self) -> Any:
         weights = {id(w): w for w in self.weights.values()}
@@ -411,6 +417,23 @@ class _Work:
         self.notes.append(f"went on at step {self.done}, where it had been stopped")
         torch.set_rng_state(held["torch"])
         self.generator.bit_generator.state = json.loads(held["numpy"])
+
+
+def _check_batches(student: Artifact, teacher: Any, select: Samples) -> None:
+    """Raises BackendError where the graph fixes its batch and does not treat items apart."""
+    batch = student.signature.batch
+    if isinstance(batch, int) and not apart(teacher.run, *itertools.islice(itertools.cycle(select.batches(batch)), 2)):
+        raise BackendError(
+            f"the model fixes its batch at {batch} and answers others differently",
+            fix="export it with a dynamic batch axis",
+        )
+
+
+def _too_wide(targets: Sequence[Sequence[Any]]) -> float:
+    """By how much the scores of a row spread further than the temperature is meant for: all that a teacher tells of the other
+    classes would be zero then."""
+    rows = [one[0].float().std(dim=1) for one in targets if one[0].ndim == 2 and one[0].shape[1] > 1]
+    return max(1.0, float(torch.cat(rows).mean()) / WIDE) if rows else 1.0
 
 
 def _error(mine: Any, theirs: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from perwatt.artifact import Artifact
+from perwatt.batching import free_batch
 from perwatt.interpreter import Interpreter
 from perwatt.signature import Batch
 
@@ -33,8 +34,9 @@ def hints(student: Artifact, teacher: Artifact, batch: Batch, most: int) -> list
 
 
 def with_outputs(artifact: Artifact, names: list[str]) -> Any:
-    """The model with these values as outputs, behind its own."""
+    """The model with these values as outputs, behind its own; it takes any batch."""
     model = artifact.edit()
+    free_batch(artifact, model)
     values = _values(model)
     model.graph.outputs.extend(values[name] for name in names)
     return model

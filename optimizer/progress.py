@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -115,6 +115,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, description=_fitted(f"{self._name}: {said}"))
         self._print(f"    {said}")
+
+    def tell(self, lines: Sequence[str]) -> None:
+        """Lines to keep: above the bar; on standard error even where it is no terminal."""
+        if self._console is not None:
+            for line in lines:
+                self._console.print(plain(line), markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, share: float) -> None:
         # Stages may overlap a little; a bar that goes backwards helps nobody.

@@ -235,9 +235,10 @@ class Report(_Part):
     )
     search: dict[str, Any] | None = Field(
         None,
-        description="What a search tried: ended (why), seconds, choices, objectives, trials (number, round, choice, why, status, "
-        "reason, ratios to the original, objectives, drop and n on the samples to choose by, p99_ms, memory_bytes, size_bytes, "
-        "missed constraints, digest, seconds), front (numbers of the trials that no other beats in cost and accuracy), shipped.",
+        description="What a search tried: plan (what it foresaw: estimates, layers, parts and their seconds), ended (why), "
+        "seconds, choices, objectives, trials (number, round, choice, why, status, reason, ratios to the original, objectives, "
+        "drop and n on the samples to choose by, p99_ms, memory_bytes, size_bytes, missed constraints, digest, seconds), front "
+        "(numbers of the trials that no other beats in cost and accuracy), shipped.",
     )
     run_cost: RunCostReport | None = Field(None, description="What the run itself took, and when that is won back.")
     account: AccountReport | None = Field(None, description="What each pass of the winner brings.")

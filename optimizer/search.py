@@ -137,15 +137,23 @@ class Search:
             if alone:
                 yield from ((values, ALONE) for values in alone)
                 return
-        if number % SAMPLED_FIRST == 0:
+        # What is proposed by chance costs minutes to learn: first what one step brings is learnt.
+        if number % SAMPLED_FIRST == 0 and self._has_learnt(before):
             yield from self._sampled(before, number)
-        around = [(values, AROUND) for trial in self._leading(before) for values in self._around(trial.values)]
+        around = [(values, AROUND) for trial in self._leading(before) for values in self._around(trial, before)]
         back = [(values, BACK) for trial in self._near(before) for values in self._back(trial.values)]
         yield from sorted(
             ((values, why) for values, why in (*around, *back) if self._worth(values, model, least)),
             key=lambda one: self._promise(one[0], model),
         )
         yield from self._sampled(before, number)
+
+    def _has_learnt(self, before: Sequence[Trial]) -> bool:
+        """Whether what pays of that which has to be learnt is known: a trial that learns is the best, or several were told."""
+        best = self.best(before)
+        told = [trial for trial in before if self.space.learns(trial.values)]
+        nothing = self.space.mending is None and self.space.tuning is None
+        return nothing or (best is not None and best in told) or len(told) >= SAMPLED_FIRST
 
     def _worth(self, values: Values, model: Model, least: float, times: float = PROMISING) -> bool:
         """Whether a choice may be cheaper than so many `times` the `least` and lose little enough, going by what was tried."""
@@ -195,14 +203,28 @@ class Search:
         ]
         return [*plain, *here, *floating], there
 
-    def _around(self, values: Values) -> Iterator[dict[str, int]]:
-        """What differs in one decision, by one step where it is ordered."""
+    def _around(self, trial: Trial, before: Sequence[Trial]) -> Iterator[dict[str, int]]:
+        """What differs in one decision, by one step where it is ordered; by more where one step made no difference."""
+        known = {_key(one.values): one.outcome for one in before}
+        ways = {one.step.name: (one.how, len(one.ways)) for one in self.space.removals}
         for decision in self.space.decisions:
-            now = values[decision.name]
-            steps = (now + 1, now - 1) if decision.kind == "ordered" else range(len(decision.values))
-            for index in steps:
-                if index != now and 0 <= index < len(decision.values):
-                    yield self.space.canonical({**values, decision.name: index})
+            name, now = decision.name, trial.values[decision.name]
+            if decision.kind == "categorical":
+                for index in range(len(decision.values)):
+                    if index != now:
+                        yield self.space.canonical({**trial.values, name: index})
+                continue
+            if now:
+                yield self.space.canonical({**trial.values, name: now - 1})
+            how, count = ways[name]
+            # What begins may begin in any way.
+            for way in range(count) if not now else [trial.values.get(how, 0)]:
+                for index in range(now + 1, len(decision.values)):
+                    values = self.space.canonical({**trial.values, name: index, how: way})
+                    yield values
+                    found = known.get(_key(values))
+                    if found is None or not _same_graph(found, trial.outcome):
+                        break
 
     def _near(self, before: Sequence[Trial]) -> list[Trial]:
         """Cheaper than the best, and only a little too inaccurate: cheapest first."""
@@ -290,6 +312,11 @@ class Search:
 
 def _key(values: Values) -> tuple[Any, ...]:
     return tuple(sorted(values.items()))
+
+
+def _same_graph(one: Outcome, other: Outcome | None) -> bool:
+    """Whether both came to the same program."""
+    return other is not None and one.digest is not None and one.digest == other.digest
 
 
 def _least(best: Trial | None) -> float:

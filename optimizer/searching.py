@@ -1,6 +1,6 @@
 """A search of one run: the time of the budget spent where it buys most, and an answer at every moment.
 
-    original on its best backend → rounds of trials → the best of them tuned → measured again, confirmed on unseen samples
+    original on its best backend → plan → rounds of trials → the best of them tuned → measured again, confirmed on unseen samples
 
 Whenever a round finds what is better than the bundle that there is, it is measured again in fresh processes, confirmed on
 samples that no trial saw, and written as a whole bundle: whoever stops the search has the best so far. Trials are kept in a
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from perwatt import choices
+from perwatt import choices, planning
 from perwatt.accounting import account
 from perwatt.backends import Backend
 from perwatt.candidates import Branch, Candidate
@@ -28,6 +28,7 @@ from perwatt.errors import Stopped
 from perwatt.judging import p99_ms
 from perwatt.measuring import Effort
 from perwatt.pipeline import Pipeline
+from perwatt.planning import Limits, Plan
 from perwatt.preparation import Prepared
 from perwatt.recipe import OneOf, PassStep, Recipe
 from perwatt.search import Search
@@ -67,6 +68,27 @@ def steps_for(recipe: Recipe, prepared: Prepared, steps: Sequence[PassStep | One
     return choices.steps_to_search(learning is not None, prepared.select is not None)
 
 
+def limits(recipe: Recipe) -> Limits:
+    """What a search may take, for its plan."""
+    whole, trials = recipe.budget.time, recipe.search.trials
+    minutes = _minutes(recipe)
+    if whole is None:
+        return Limits(behind={"what each pass brings": ACCOUNT_S}, minutes=minutes, trials=trials)
+    behind = {
+        "tuning and measuring again": (ACCOUNT_SHARE - SEARCH_SHARE) * whole,
+        "what each pass brings": (1 - ACCOUNT_SHARE) * whole,
+    }
+    return Limits(whole, SEARCH_SHARE * whole, behind, minutes, trials)
+
+
+def _minutes(recipe: Recipe) -> float | None:
+    """For each round of learning; the pass's own where no time was given."""
+    if recipe.budget.time is None:
+        return None
+    minutes = SEARCH_SHARE * recipe.budget.time / 60 * LEARN_SHARE / ROUNDS_OF_LEARNING
+    return round(min(MOST_MINUTES, max(LEAST_MINUTES, minutes)), 2)
+
+
 def log_path(folder: Path, recipe: Recipe, prepared: Prepared, machine: dict[str, Any]) -> Path:
     """Where the trials of this search are kept: by the model, its data, what was asked for, and where it is measured. Time is
     not part of it: a longer search goes on where a shorter one ended."""
@@ -86,7 +108,7 @@ def log_path(folder: Path, recipe: Recipe, prepared: Prepared, machine: dict[str
 @dataclass
 class Searching:
     """One search. `pipeline_for` gives the passes of a backend, `write` a bundle of a result; `deadline` is when no further trial
-    is begun, in `time.monotonic()` seconds."""
+    is begun, in `time.monotonic()` seconds. `announce` is given the plan before the first trial."""
 
     recipe: Recipe
     study: Study
@@ -99,6 +121,7 @@ class Searching:
     deadline: float | None = None
     account_by: float | None = None
     progress: Callable[[float, str], None] = lambda share, text: None
+    announce: Callable[[Plan], None] = lambda plan: None
     shipped_cost: float = 1.0
     started: float = field(default_factory=time.monotonic)
 
@@ -110,7 +133,13 @@ class Searching:
         try:
             backends = study.screening.worth_it(baseline, originals)
             space = choices.space(self.steps, {b.name: study.screening.precisions(b) for b in backends})
-            self._open(space, backends, baseline, side, originals)
+            pipelines = {backend.name: self.pipeline_for(backend) for backend in backends}
+            self.plan = planning.kept(
+                self.log.with_name("plan.json"), space, self.prepared, pipelines, baseline, originals, limits(self.recipe),
+                lambda text: self.progress(0.0, f"planning: {text}"),
+            )  # fmt: skip
+            self.announce(self.plan)
+            self._open(space, backends, pipelines, baseline, side, originals)
             try:
                 why = self.search.run()
             except KeyboardInterrupt:
@@ -130,13 +159,14 @@ class Searching:
             self.search.log.close()
 
     def _open(
-        self, space: Space, backends: Sequence[Backend], baseline: Candidate, side: Any, originals: list[Candidate]
-    ) -> None:
+        self, space: Space, backends: Sequence[Backend], pipelines: dict[str, Pipeline], baseline: Candidate, side: Any,
+        originals: list[Candidate],
+    ) -> None:  # fmt: skip
         self.space, self.baseline, self.originals = space, baseline, originals
         self.study.screening.quick = True
         self.trials = Trials(
             space,
-            {backend.name: self.pipeline_for(backend) for backend in backends},
+            pipelines,
             {backend.name: backend for backend in backends},
             self.prepared.source,
             self.study.screening,
@@ -144,7 +174,7 @@ class Searching:
             side,
             self.point,
             self.recipe.search.objective,
-            self._minutes(),
+            _minutes(self.recipe),
             self._affords,
             lambda text: self.progress(self._share(), text),
         )
@@ -155,17 +185,11 @@ class Searching:
             self.trials.evaluate,
             stop=self._stop,
             after_round=self._after_round,
+            estimate=self.plan.estimate,
             max_drop=self.study.judge.max_drop if self.study.judge.select is not None else None,
         )
 
     # Time -------------------------------------------------------------------------------------------------------------
-
-    def _minutes(self) -> float | None:
-        """For each round of learning; the pass's own where no time was given."""
-        if self.recipe.budget.time is None:
-            return None
-        minutes = SEARCH_SHARE * self.recipe.budget.time / 60 * LEARN_SHARE / ROUNDS_OF_LEARNING
-        return round(min(MOST_MINUTES, max(LEAST_MINUTES, minutes)), 2)
 
     def _affords(self, values: Values) -> bool:
         """Whether there is time for a trial."""
@@ -175,7 +199,7 @@ class Searching:
             return True
         # What it shares with others is learnt already: what is left is the last round.
         longest = max(
-            (float(step.settings.get("minutes", 0.0)) for step in self.space.steps(values, self._minutes())),
+            (float(step.settings.get("minutes", 0.0)) for step in self.space.steps(values, _minutes(self.recipe))),
             default=0.0,
         )
         return time.monotonic() + 60 * longest < self.deadline
@@ -238,6 +262,7 @@ class Searching:
         if result.winner.branch.rows and result.winner is not result.baseline:
             result = self._accounted(result, branches, hopeful)
         result.search = {
+            "plan": self.plan.to_json(),
             "ended": why,
             "seconds": round(time.monotonic() - self.started, 1),
             "choices": self.space.count(),

@@ -50,29 +50,28 @@ class Costs:
         return 0.0 if at is None else at.shape[1] / self.coupling.lengths()[place]
 
 
-def sizes(group: Group, multiple: int, least: float = 0.0) -> list[int]:
-    """How many units a group may keep, most first: all, and what leaves every axis of a product a multiple of channels, and at
-    least a share of the group."""
+def sizes(group: Group, multiple: int) -> list[int]:
+    """How many units a group may keep, most first: all, and what leaves every axis of a product a multiple of channels."""
     each = {at.shape[1] for product in group.makers if (at := group.positions(*product.made)) is not None}
-    bottom = max(1, math.ceil(least * group.size - 1e-9))
-    kept = [n for n in range(group.size - 1, bottom - 1, -1) if all(n * channels % multiple == 0 for channels in each)]
+    kept = [n for n in range(group.size - 1, 0, -1) if all(n * channels % multiple == 0 for channels in each)]
     return [group.size, *kept]
 
 
-def uniform(groups: Sequence[Group], ratio: float, multiple: int) -> dict[Group, int]:
-    """The size nearest to the same share of every group; the larger of two."""
+def uniform(groups: Mapping[Group, list[int]], ratio: float) -> dict[Group, int]:
+    """The size nearest to the same share of every group, of those that it may keep; the larger of two."""
     found = {}
-    for group in groups:
+    for group, steps in groups.items():
         wanted = group.size * (1 - ratio)
-        found[group] = min((abs(n - wanted), -n) for n in sizes(group, multiple))[1]
+        found[group] = min((abs(n - wanted), -n) for n in steps)[1]
     return {group: -size for group, size in found.items()}
 
 
 def cheapest(
-    groups: Sequence[Group], scores: Mapping[Group, Any], costs: Costs, target: float, multiple: int, least: float
+    groups: Mapping[Group, list[int]], scores: Mapping[Group, Any], costs: Costs, target: float, least: float
 ) -> dict[Group, int]:
-    """Units kept so that all costs about `target`, with the least score lost, and at least a share of each group."""
-    steps = {group: sizes(group, multiple, least) for group in groups}
+    """Units kept so that all costs about `target`, with the least score lost; of the sizes that a group may keep, those of at
+    least a share of it."""
+    steps = {group: [n for n in sizes if n >= least * group.size - 1e-9] for group, sizes in groups.items()}
     lost = {group: np.concatenate([[0.0], np.cumsum(np.sort(scores[group]))]) for group in groups}
     now = {group: 0 for group in groups}
     cost = costs.total()

@@ -37,6 +37,7 @@ from perwatt.contract import Context, Pass, Stage, Tolerance
 from perwatt.data import Samples
 from perwatt.errors import BackendError, PassError
 from perwatt.passes._block_redundancy import Movement, likeness
+from perwatt.passes._gradual import share_left
 from perwatt.passes._layer_costs import by_product
 from perwatt.passes._naming import matching, with_names
 from perwatt.passes._quantized import quantized_already
@@ -55,6 +56,7 @@ NAMED = 3
 class DropBlocks(Pass):
     """`blocks`: how many go (search: 1 … a third of them); None: as `ratio` says.
     `ratio`: the share of what all blocks cost that goes, as nearly as whole blocks allow (search: 0.05 … 0.5).
+    `cumulative`: `ratio` counts what earlier steps of this pass took.
     `exclude`: shell patterns of node names; blocks that hold such a node, or end in it, stay.
     `choose`: `output` by how far the outputs move, `cosine` by how little a block changes what it reads (search: both).
     `judged_on`: calibration samples that this is measured on.
@@ -70,6 +72,7 @@ class DropBlocks(Pass):
 
     blocks: int | None = None
     ratio: float = 0.3
+    cumulative: bool = False
     exclude: tuple[str, ...] = ()
     choose: Literal["output", "cosine"] = "output"
     judged_on: int = 64
@@ -91,7 +94,8 @@ class DropBlocks(Pass):
             return artifact, ["no residual block to drop", *notes]
         samples = self._samples(named, context)
         movement = Movement(named, blocks, samples, context)
-        plan = Plan(blocks, self._units(blocks), _costs(named, blocks, context), self.blocks, self.ratio)
+        ratio = share_left(self.ratio, self.cumulative, artifact, self.name())
+        plan = Plan(blocks, self._units(blocks), _costs(named, blocks, context), self.blocks, ratio)
         chosen, how = (self._by_cosine if self.choose == "cosine" else self._by_output)(
             named, plan, movement, samples, context
         )

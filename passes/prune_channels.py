@@ -8,7 +8,8 @@ heads are cut through consistently. What can't be cut is left, with its reason.
 
 Numbers of channels decide the speed: matrix units calculate in tiles, and what is left of a tile costs a whole one. So only
 sizes that are multiples of what pays on this backend are left over (64 in int8 with AMX, 16 without), and layers too narrow for
-that stay as they are; for those, drop-blocks is the better pass.
+that stay as they are; for those, drop-blocks is the better pass. `multiple: finer` cuts them, too, where that is measured to pay
+in the type that the model has now: in int8 it seldom does.
 
 Which channels go is decided by what the model's outputs lose without them (first-order Taylor, on calibration samples, without
 labels), and how many go from which layer by that and by what the layer costs on the backend, from its own profile. What is left
@@ -37,6 +38,7 @@ from perwatt.passes._channel_allocation import Costs, cheapest, sizes, uniform
 from perwatt.passes._channel_compensation import biased, compensated, lost_positions
 from perwatt.passes._channel_importance import Importance, Scores
 from perwatt.passes._channel_moments import Moments, channel_moments
+from perwatt.passes._gradual import share_left
 from perwatt.passes._layer_costs import by_product
 from perwatt.passes._naming import matching, with_names
 from perwatt.passes._quantized import quantized_already
@@ -50,6 +52,12 @@ LEAST = 0.25
 """The share of a layer that stays, at the least: what one channel is worth is told by what the others still do."""
 TOLD = 6
 """Groups that the ledger names."""
+FINEST = 4
+"""What is left of a narrow layer is a multiple of this many channels at least."""
+WORTH = 0.3
+"""A narrow layer has to save this share of what its weights would let expect."""
+APART = 6
+"""So many groups at most are measured one by one."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,10 @@ class PruneChannels(Pass):
     `allocation`: `uniform` takes that share of every layer; `global` saves as much time as that would, where it does least
     damage (search: both).
     `importance`: `taylor`, `reconstruction`, `activation` or `magnitude` (search: all).
-    `multiple`: sizes are multiples of this many channels; `auto`: what the backend names for the type it is quickest in
-    (search: 8, 16, 32, 64).
+    `multiple`: sizes are multiples of this many channels; `auto`: what the backend names for the type it is quickest in;
+    `finer`: that, and less for layers too narrow for it, where it pays (search: auto, finer, 8, 16, 32, 64).
     `compensate`: adapt the weights behind by least squares.
+    `cumulative`: `ratio` counts what earlier steps of this pass took.
     `exclude`: shell patterns of node names: what these products make stays whole.
     `subset_size`: calibration samples used at most. `judged_on`: samples that Taylor's importance is found on."""
 
@@ -70,13 +79,15 @@ class PruneChannels(Pass):
     measures: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("drop-blocks",)
     in_search: ClassVar[bool] = True
-    searched: ClassVar = {"ratio": (0.15, 0.3, 0.45, 0.6)}
+    searched: ClassVar = {"ratio": (0.15, 0.3, 0.45, 0.6), "multiple": ("auto", "finer")}
+    gradual: ClassVar[str | None] = "ratio"
 
     ratio: float = 0.3
     allocation: Literal["global", "uniform"] = "global"
     importance: Importance = "taylor"
-    multiple: int | Literal["auto"] = "auto"
+    multiple: int | Literal["auto", "finer"] = "auto"
     compensate: bool = True
+    cumulative: bool = False
     exclude: tuple[str, ...] = ()
     subset_size: int = 128
     judged_on: int = 32
@@ -88,7 +99,7 @@ class PruneChannels(Pass):
     def check_settings(self) -> None:
         if not 0 < self.ratio < 1:
             raise PassError(f"a ratio of {self.ratio:g}: it must lie between 0 and 1", fix="ratio: 0.3")
-        if self.multiple != "auto" and self.multiple < 1:
+        if isinstance(self.multiple, int) and self.multiple < 1:
             raise PassError(f"a multiple of {self.multiple}: it must be 1 or more", fix="multiple: 8")
 
     def run(self, artifact: Artifact, context: Context) -> tuple[Artifact, list[str]]:
@@ -98,26 +109,36 @@ class PruneChannels(Pass):
         coupling = couple(named)
         multiple = self._multiple(context)
         groups = [group for group in coupling.groups if not excluded & {product.node for product in group.makers}]
-        wide = [group for group in groups if len(sizes(group, multiple)) > 1]
-        left = Counter(one.reason for one in coupling.left)
-        left["excluded"] = len(coupling.groups) - len(groups)
-        finer = " (multiple: 8 cuts finer)" if multiple > 8 else ""
-        left[f"too narrow to be cut to a multiple of {multiple} channels{finer}"] = len(groups) - len(wide)
-        notes = [f"{times} left: {reason}" for reason, times in left.most_common() if times]
-        if not wide:
-            return artifact, ["no channels can be taken out so that it pays", *notes]
         work = _Work(
             named, coupling, context, calibration.some(named, self._samples(context), self.subset_size, context.seed)
         )
-        scores, how = self._scores(work, wide)
-        kept = self._allocated(work, wide, scores, multiple)
+        found = [(group, sizes(group, self._multiple_for(group, multiple))) for group in groups]
+        wide = {group: steps for group, steps in found if len(steps) > 1}
+        narrow = {group: steps for group, steps in wide.items() if len(sizes(group, multiple)) < 2}
+        # Where a layer is finer than hardware likes, its neighbours are too, so what a cut saves is not proportional to it.
+        useless = work.useless(wide if narrow and len(wide) <= APART else narrow)
+        wide = {group: steps for group, steps in wide.items() if group not in useless}
+        left = Counter(one.reason for one in coupling.left)
+        left["excluded"] = len(coupling.groups) - len(groups)
+        finer = " (multiple: finer)" if self.multiple == "auto" else ""
+        left["cutting it finer saves next to nothing"] = len(useless)
+        left[f"too narrow to be cut to a multiple of {multiple} channels{finer}"] = (
+            len(groups) - len(wide) - len(useless)
+        )
+        notes = [f"{times} left: {reason}" for reason, times in left.most_common() if times]
+        if not wide:
+            return artifact, ["no channels can be taken out so that it pays", *notes]
+        scores, how = self._scores(work, list(wide))
+        ratio = share_left(self.ratio, self.cumulative, artifact, self.name())
+        kept = self._allocated(work, wide, scores, ratio)
         units = {
             group: scores[group].argsort(kind="stable")[: group.size - kept[group]].tolist()
             for group in wide
             if kept[group] < group.size
         }
         if not units:
-            return artifact, [f"a share of {self.ratio:g} is less than a step of {multiple} channels anywhere", *notes]
+            least = min(self._multiple_for(group, multiple) for group in wide)
+            return artifact, [f"a share of {ratio:.2g} is less than a step of {least} channels anywhere", *notes]
         after, before = work.cut(units, self.compensate), named
         faster = _faster(before, after, context)
         if faster is not None and faster > FASTER:
@@ -134,7 +155,7 @@ class PruneChannels(Pass):
         return samples
 
     def _multiple(self, context: Context) -> int:
-        if self.multiple != "auto":
+        if isinstance(self.multiple, int):
             return self.multiple
         # Precision comes behind: sizes have to suit the narrowest type that the model may get.
         known = context.capabilities.channel_multiples
@@ -143,6 +164,12 @@ class PruneChannels(Pass):
         ]
         wanted = [kind for kind in (*quantized, *context.capabilities.half_types, "float32") if kind in known]
         return known[wanted[0]] if wanted else 8
+
+    def _multiple_for(self, group: Group, multiple: int) -> int:
+        """What the sizes of a group are multiples of: less than usual where it has no two such sizes."""
+        while self.multiple == "finer" and multiple > FINEST and len(sizes(group, multiple)) < 2:
+            multiple //= 2
+        return multiple
 
     def _scores(self, work: _Work, groups: Sequence[Group]) -> tuple[Scores, str]:
         if self.importance == "magnitude":
@@ -161,16 +188,17 @@ class PruneChannels(Pass):
         found = importance.by_activation if self.importance == "activation" else importance.by_reconstruction
         return found(groups, work.weights, moments)
 
-    def _allocated(self, work: _Work, groups: Sequence[Group], scores: Scores, multiple: int) -> dict[Group, int]:
-        evenly = uniform(groups, self.ratio, multiple)
+    def _allocated(
+        self, work: _Work, groups: Mapping[Group, list[int]], scores: Scores, ratio: float
+    ) -> dict[Group, int]:
         if self.allocation == "uniform":
-            return evenly
+            return uniform(groups, ratio)
         costs = Costs(work.coupling, work.coupling.products, work.costs())
         wanted = Costs(work.coupling, work.coupling.products, costs.seconds)
         for group in groups:
             # As if every size were as good as any.
-            wanted.without(group, self.ratio * group.size, take=True)
-        return cheapest(groups, scores, costs, wanted.total(), multiple, min(LEAST, 1 - self.ratio))
+            wanted.without(group, ratio * group.size, take=True)
+        return cheapest(groups, scores, costs, wanted.total(), min(LEAST, 1 - ratio))
 
 
 @dataclass
@@ -218,6 +246,28 @@ class _Work:
         except BackendError:
             profile = []
         return by_product(self.artifact.model.graph, names, profile)
+
+    def useless(self, groups: Mapping[Group, list[int]]) -> set[Group]:
+        """Those that save next to nothing when they are cut by one step: each by itself or, where there are many, all at once."""
+        several = [[group] for group in groups] if len(groups) <= APART else [list(groups)]
+        if not groups:
+            return set()
+        self.context.progress(f"prune-channels: measuring what {len(groups)} layers would save")
+        units = [{group: range(groups[group][1], group.size) for group in one} for one in several]
+        try:
+            whole, *costs = self.context.measure([self.artifact, *(self.cut(one, compensate=False) for one in units)])
+        except BackendError:
+            # Nobody knows, so it is left to what the backend names.
+            return set(groups)
+        seconds, found = self.costs(), set[Group]()
+        for one, cost in zip(units, costs, strict=True):
+            expected = Costs(self.coupling, self.coupling.products, seconds)
+            before = expected.total()
+            for group, gone in one.items():
+                expected.without(group, len(gone), take=True)
+            if 1 - cost / whole < WORTH * (1 - expected.total() / before):
+                found |= set(one)
+        return found
 
     def cut(self, units: Mapping[Group, Sequence[int]], compensate: bool) -> Artifact:
         """The model without these units."""

@@ -27,7 +27,8 @@ def names(space: Space, values: dict[str, int], minutes: float | None = None) ->
 def test_every_lossy_pass_and_every_alternative_is_a_decision() -> None:
     space = pruning(step("prune-channels"), OneOf(steps=[step("cast-half"), step("quantize-int8")]))
     assert [decision.name for decision in space.decisions] == [
-        "backend", "floating precision", "drop-blocks", "prune-channels", "order", "learn", "precision",
+        "backend", "floating precision", "drop-blocks", "prune-channels", "prune-channels multiple", "order", "learn",
+        "precision",
     ]  # fmt: skip
     blocks = next(d for d in space.decisions if d.name == "drop-blocks")
     assert blocks.kind == "ordered" and blocks.values[:3] == ("none", "0.1", "0.2")
@@ -50,11 +51,22 @@ def test_what_goes_gradually_is_taught_back_after_each_round() -> None:
     found = space.steps({**space.usual(), "drop-blocks": 3}, 2.0)
     assert [one.name for one in found] == ["fold-constants", *["drop-blocks", "recover"] * 3, "remove-dead"]
     ratios = [one.settings["ratio"] for one in found if one.name == "drop-blocks"]
-    kept = 1.0
-    for ratio in ratios:
-        kept *= 1 - ratio
-    assert kept == pytest.approx(0.7, abs=1e-3)
+    assert ratios == [0.1, 0.2, 0.3] and all(one.settings["cumulative"] for one in found if one.name == "drop-blocks")
     assert [one.settings["minutes"] for one in found if one.name == "recover"] == [2.0, 2.0, 2.0]
+
+
+def test_ways_to_remove_are_a_decision_of_their_own_that_counts_where_something_is_removed() -> None:
+    space = choices.space([step("prune-channels"), step("recover")], PLACES)
+    usual = space.usual()
+    assert [d.values for d in space.decisions if d.name == "prune-channels multiple"] == [("auto", "finer")]
+    assert space.canonical({**usual, "prune-channels multiple": 1}) == usual
+    finer = {**usual, "prune-channels": 1, "prune-channels multiple": 1}
+    assert space.words(finer).startswith("prune-channels 0.15, prune-channels multiple finer")
+    (made,) = [one for one in space.steps(finer) if one.name == "prune-channels"]
+    assert made.settings == {"ratio": 0.15, "multiple": "finer", "cumulative": True}
+    assert space.learning(finer) != space.learning({**usual, "prune-channels": 1})
+    fixed = choices.space([step("prune-channels", multiple=8), step("recover")], PLACES)
+    assert all(d.name != "prune-channels multiple" for d in fixed.decisions)
 
 
 def test_one_that_takes_more_begins_with_what_one_that_takes_less_has_learnt() -> None:

@@ -307,3 +307,24 @@ def test_what_is_no_picture_is_left_as_it_is():
     made, _ = augment(samples.chunks[0], None, np.random.default_rng(0))
     assert notes == [] and made is samples.chunks[0]
     assert Artifact(model=artifact.model).digest() == artifact.digest()
+
+
+def test_a_student_that_fixes_its_batch_learns_in_batches_all_the_same():
+    teacher = conv_net(batch=1)
+    student = disturbed(teacher)
+    rows = np.random.default_rng(0).standard_normal((256, 3, 8, 8)).astype(np.float32)
+    data, held = Samples([{"x": rows[:192]}]), Samples([{"x": rows[192:]}])
+    learnt = distil(student, teacher, data, held, Plan(steps=60, batch=32), lambda words: None, step=STEP)
+    assert learnt.after < 0.7 * learnt.before
+    assert learnt.artifact.signature == teacher.signature
+    learnt_graph = [(one.op_type, [v.name for v in one.outputs]) for one in learnt.artifact.model.graph]
+    assert learnt_graph == [(one.op_type, [v.name for v in one.outputs]) for one in student.model.graph]
+
+
+def test_a_fixed_batch_whose_items_depend_on_each_other_is_refused():
+    nodes = [node("MatMul", "x w", "a"), node("ReduceMean", "a axes", "m", keepdims=1), node("Sub", "a m", "y")]
+    parts = {"w": weight(6, 5), "axes": np.array([0])}
+    teacher = build(nodes, "x:float32[2,6]", "y:float32[2,5]", parts)
+    rows = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
+    with pytest.raises(BackendError, match="fixes its batch at 2"):
+        distil(disturbed(teacher), teacher, *[Samples([{"x": rows}])] * 2, Plan(steps=1), lambda words: None)
