@@ -91,6 +91,12 @@ class Artifact:
                 raise InputError(f"{self.path} is no ONNX model that can be read: {words}") from error
         return self._model
 
+    def release(self) -> None:
+        """Forget the graph in memory where a file holds it, which it is read from when it is wanted again."""
+        if self.path is not None and self.path.exists():
+            self.signature, self.digest()
+            self._model = None
+
     @property
     def signature(self) -> Signature:
         """Typed inputs and outputs, in order."""

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from perwatt import registry
 from perwatt.artifact import Artifact, graphs_of, model_digest
 from perwatt.contract import Capabilities, Context, Loss, NodeCost, Pass, Tolerance
 from perwatt.drift import Drift, drift
@@ -158,6 +159,14 @@ class Pipeline:
             recalled = self.memory.recall(asked) if self.memory is not None else None
             self._known.steps[key] = recalled or self._taken(asked)
         return self._known.steps[key]
+
+    def release(self) -> None:
+        """Keep nothing of what lossy passes made in memory but where it is: many choices make more graphs than fit there."""
+        lossy = {name for name, cls in registry.loadable_passes().items() if cls.tolerance is None}
+        for artifact, _ in self._known.steps.values():
+            if any(step.name in lossy for step in artifact.steps):
+                artifact.release()
+                self._known.outputs.pop(artifact.digest(), None)
 
     def _taken(self, asked: Asked) -> tuple[Artifact, Row]:
         artifact, made_by = asked.artifact, asked.made_by

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from perwatt import registry
 from perwatt.artifact import Artifact
@@ -45,7 +45,6 @@ class Trials:
     minutes: float | None = None
     affords: Callable[[Values], bool] = lambda values: True
     progress: Callable[[str], None] = lambda text: None
-    _branches: dict[str, Branch] = field(default_factory=dict)
 
     def evaluate(self, trials: Sequence[Trial], before: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
         """Each trial with its outcome, one after the other; those that there is no time for are left out."""
@@ -61,6 +60,9 @@ class Trials:
             found = self._found(values, before)
         except PerwattError as error:
             found = Outcome("refused", str(error))
+        finally:
+            for pipeline in self.pipelines.values():
+                pipeline.release()
         return replace(found, seconds=round(time.perf_counter() - start, 3))
 
     def candidate(self, trial: Trial) -> Candidate:
@@ -75,11 +77,7 @@ class Trials:
     def branch(self, values: Values) -> Branch:
         """The graph of a choice, and how it came about."""
         backend, _ = self.space.where(values)
-        steps = self.space.steps(values, self.minutes)
-        key = repr((backend, steps))
-        if key not in self._branches:
-            self._branches[key] = walk(self.pipelines[backend], self.source, steps)
-        return self._branches[key]
+        return walk(self.pipelines[backend], self.source, self.space.steps(values, self.minutes))
 
     def _candidate(self, values: Values) -> Candidate:
         backend, floating = self.space.where(values)

@@ -297,3 +297,15 @@ def test_axes_without_a_name_get_one_the_first_is_the_batch():
 def test_an_output_of_unknown_rank_is_told_as_such():
     made = Artifact(model=ir.from_proto(proto([node("Relu", "x", "y")], "x:float32[batch,4]", "y:float32")))
     assert str(made.signature.outputs[0]) == "y:float32[…]"
+
+
+def test_a_graph_that_was_saved_may_be_forgotten_and_comes_back_from_its_file(tmp_path):
+    artifact = mlp().with_steps((Step("drop-blocks", {"ratio": 0.1}, ("one",)),))
+    digest, signature = artifact.digest(), artifact.signature
+    artifact.release()
+    assert artifact._model is not None
+    artifact.file(tmp_path)
+    artifact.release()
+    assert artifact._model is None
+    assert (artifact.digest(), artifact.signature, len(artifact.steps)) == (digest, signature, 1)
+    assert model_digest(artifact.edit()) == digest

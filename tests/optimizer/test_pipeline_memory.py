@@ -413,3 +413,20 @@ def test_the_default_passes_of_a_real_model_come_from_an_earlier_run(tmp_path: P
     assert again.steps[: len(after.steps)] == third.steps
     assert [step.name for step in third.steps] == ["read", "fold-batchnorm"]
     assert isinstance(third.steps[0], Step)
+
+
+def test_what_lossy_passes_made_is_read_from_its_file_again_when_it_is_wanted(tmp_path: Path) -> None:
+    recipe = build_recipe(None, model=str(put_net(tmp_path)), data=str(tmp_path / "samples.npz"), target="null")
+    pruning = PassStep(name="prune-channels", settings={"ratio": 0.5, "multiple": 2, "importance": "magnitude"})
+    passes = [registry.bind(step) for step in (PassStep(name="fold-batchnorm"), pruning)]
+    with Worker("checks") as checks, ExitStack() as cleanup:
+        opened = open_model(recipe, tmp_path, checks, lambda stage, share: None, cleanup)
+        pipeline = open_pipeline(recipe, opened, tmp_path, checks, lambda text: None)
+        folded, _ = pipeline.step(opened.source, passes[0])
+        after, row = pipeline.step(folded, passes[1])
+        outputs = pipeline.outputs(after)
+        pipeline.release()
+        assert row.status == "applied" and after._model is None and folded._model is not None
+        assert pipeline.run(opened.source, passes)[0] is after
+        again = pipeline.outputs(after)
+        assert all(np.array_equal(a[n], b[n]) for a, b in zip(outputs, again, strict=True) for n in a)
