@@ -51,10 +51,12 @@ WARM = 0.1
 """Share of the steps in which the learning rate rises."""
 MASKED = 0.25
 """A weight with more zeros than that is sparse, and stays so."""
+LEAST_SHARE = 1e-7
+"""What a softmax in float32 makes of what it makes next to nothing of."""
 WIDE = 8.0
 """Standard deviation of the scores of a row that the temperature is meant for, at most."""
-TOKENS = ("Softmax", "Attention", "LayerNormalization", "RMSNormalization")
-"""What tells a transformer."""
+TOKENS = ("Attention", "LayerNormalization", "RMSNormalization")
+"""What tells a transformer, as a Softmax does that does not end the network."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,12 @@ class _Work:
             for name, weight in self.weights.items()
             if weight.ndim > 1 and float((weight == 0).float().mean()) > MASKED
         }
-        self.transformer = any(kind in TOKENS for kind in student.operator_counts())
+        self.transformer = _is_transformer(student)
         self.norms = [] if self.transformer or not plan.norms else put_norms(self.network, self._some())
         self.optimizer = self._optimizer()
         self.targets = [self._run(self.teacher, batch) for batch in select.batches(plan.batch)]
-        self.heat = plan.temperature * _too_wide(self.targets)
+        self.shares = _are_shares(self.targets)
+        self.heat = plan.temperature * (1.0 if self.shares else _too_wide(self.targets))
         self.done, self.spent = 0, 0.0
         self.stream = self._stream()
         self.best_step, self.kept = 0, self._state()
@@ -299,6 +302,8 @@ class _Work:
             count += 1
             mine, theirs = mine.float(), theirs.float()
             if theirs.ndim == 2 and theirs.shape[1] > 1:
+                if self.shares:
+                    mine, theirs = _logarithm(mine), _logarithm(theirs)
                 total = total + self._divergence(mine, theirs)
                 if labels is not None and labels.dtype == torch.int64 and self.plan.labels:
                     total = total + self.plan.labels * _cross_entropy(mine, labels)
@@ -427,6 +432,25 @@ def _check_batches(student: Artifact, teacher: Any, select: Samples) -> None:
             f"the model fixes its batch at {batch} and answers others differently",
             fix="export it with a dynamic batch axis",
         )
+
+
+def _is_transformer(artifact: Artifact) -> bool:
+    """Whether it learns as transformers do."""
+    inside = [
+        node for node in artifact.model.graph if node.op_type == "Softmax" and not node.outputs[0].is_graph_output()
+    ]
+    return bool(inside) or any(kind in TOKENS for kind in artifact.operator_counts())
+
+
+def _are_shares(targets: Sequence[Sequence[Any]]) -> bool:
+    """Whether scores have been through a softmax: rows of what is not negative, and adds up to one."""
+    rows = [one[0].float() for one in targets if one[0].ndim == 2 and one[0].shape[1] > 1]
+    return bool(rows) and all(float(row.min()) >= 0 and bool((row.sum(1) - 1).abs().max() < 1e-3) for row in rows)
+
+
+def _logarithm(shares: Any) -> Any:
+    """The scores that a softmax made these shares of, but for a constant."""
+    return shares.clamp(min=LEAST_SHARE).log()
 
 
 def _too_wide(targets: Sequence[Sequence[Any]]) -> float:

@@ -78,10 +78,17 @@ def augmentation(wanted: str, mix: float, teacher: Any, samples: Samples) -> tup
 
 def _is_picture(samples: Samples, name: str) -> bool:
     arrays = [chunk[name] for chunk in samples.chunks]
-    return bool(arrays) and all(
-        array.ndim == 4 and array.dtype.kind == "f" and array.shape[1] in (1, 3) and min(array.shape[2:]) >= SMALLEST
-        for array in arrays
-    )
+    return bool(arrays) and all(array.dtype.kind == "f" and _sides(array) is not None for array in arrays)
+
+
+def _sides(array: Any) -> tuple[int, int] | None:
+    """The axes of height and width of pictures, [N, C, H, W] or [N, H, W, C]; None where it holds none."""
+    if array.ndim != 4:
+        return None
+    for channels, sides in ((1, (2, 3)), (3, (1, 2))):
+        if array.shape[channels] in (1, 3) and min(array.shape[axis] for axis in sides) >= SMALLEST:
+            return sides
+    return None
 
 
 def _agrees(teacher: Any, samples: Samples, pictures: list[str]) -> bool:
@@ -89,7 +96,9 @@ def _agrees(teacher: Any, samples: Samples, pictures: list[str]) -> bool:
     same = count = 0
     with torch.no_grad():
         for batch in samples.take(LOOKED_AT).batches(64):
-            other = {name: np.flip(array, -1) if name in pictures else array for name, array in batch.items()}
+            other = {
+                name: np.flip(array, _width(array)) if name in pictures else array for name, array in batch.items()
+            }
             answers = [
                 teacher(*[torch.from_numpy(np.array(one[name])) for name in teacher.inputs])[0]
                 for one in (batch, other)
@@ -101,8 +110,14 @@ def _agrees(teacher: Any, samples: Samples, pictures: list[str]) -> bool:
     return same >= AGREEMENT * count
 
 
+def _width(pictures: Any) -> int:
+    return (_sides(pictures) or (2, 3))[1]
+
+
 def _moved(pictures: Any, flips: Any, moves: Any) -> Any:
     """Each picture mirrored or not, and shifted by its own share of the border, which is a mirror image as well."""
+    if _sides(pictures) == (1, 2):
+        return np.ascontiguousarray(_moved(pictures.transpose(0, 3, 1, 2), flips, moves).transpose(0, 2, 3, 1))
     height, width = pictures.shape[2:]
     up, left = max(1, height // SHIFT), max(1, width // SHIFT)
     wide = np.pad(pictures, ((0, 0), (0, 0), (up, up), (left, left)), mode="reflect")

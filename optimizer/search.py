@@ -96,8 +96,17 @@ class Search:
         return next(iter(self.ranking(self.log.told() if trials is None else trials)), None)
 
     def ranking(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The permitted trials, cheapest first."""
-        kept = [t for t in trials if t.outcome is not None and t.outcome.permitted and t.number not in self.given_up]
+        """The permitted trials, cheapest first. Of those of one round that came to the same graph the first stands for all: that
+        another was measured to cost less is chance."""
+        graphs: set[str] = set()
+        kept = []
+        for trial in sorted(trials, key=lambda trial: trial.number):
+            found = trial.outcome
+            if found is None or found.digest in graphs:
+                continue
+            graphs |= {found.digest} if found.digest is not None else set()
+            if found.permitted and trial.number not in self.given_up:
+                kept.append(trial)
         return sorted(kept, key=_cost)
 
     # Proposals --------------------------------------------------------------------------------------------------------
@@ -265,8 +274,10 @@ class Search:
         draw = random.Random(f"{self.log.seed}:{number}")
         known = {_key(trial.values) for trial in before}
         left = [values for values in self.space.all() if _key(values) not in known]
+        model, least = Model(self.space, before), _least(self.best(before))
         for values in draw.sample(left, len(left)):
-            if values == self._within_reach(values, before) and not self._hopeless(values, before):
+            reached = values == self._within_reach(values, before)
+            if reached and self._worth(values, model, least) and not self._hopeless(values, before):
                 yield values, ANY
 
     def _within_reach(self, values: Values, before: Sequence[Trial]) -> dict[str, int]:
@@ -281,9 +292,9 @@ class Search:
         return self.space.canonical(found)
 
     def _hopeless(self, values: Values, before: Sequence[Trial]) -> bool:
-        """Whether a choice that takes away less, and is the same otherwise, lost far too much; or the alternative in it does
-        nothing on this backend."""
-        if self._idle(values, before):
+        """Whether a choice that takes away less, and is the same otherwise, lost far too much; or something in it does nothing on
+        this backend."""
+        if self._idle(values, before) or self._removes_nothing(values, before):
             return True
         return any(
             trial.outcome is not None
@@ -291,6 +302,18 @@ class Search:
             and self.space.lighter(values, trial.values)
             for trial in before
         )
+
+    def _removes_nothing(self, values: Values, before: Sequence[Trial]) -> bool:
+        """Whether a removal in it was tried on this backend, and left the graph as it was."""
+        known = {_key(trial.values): trial.outcome for trial in before}
+        for one in self.space.removals:
+            alike = [name for name in (BACKEND, one.step.name, one.how) if name in values]
+            for trial in before if values[one.step.name] else ():
+                if all(trial.values[name] == values[name] for name in alike) and trial.outcome is not None:
+                    without = known.get(_key(self.space.canonical({**trial.values, one.step.name: 0})))
+                    if without is not None and _same_graph(without, trial.outcome):
+                        return True
+        return False
 
     def _idle(self, values: Values, before: Sequence[Trial]) -> bool:
         """Whether the alternative by itself was refused there, or left the graph as it was."""

@@ -328,3 +328,48 @@ def test_a_fixed_batch_whose_items_depend_on_each_other_is_refused():
     rows = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
     with pytest.raises(BackendError, match="fixes its batch at 2"):
         distil(disturbed(teacher), teacher, *[Samples([{"x": rows}])] * 2, Plan(steps=1), lambda words: None)
+
+
+def test_pictures_with_channels_last_are_moved_along_their_sides():
+    turned = [node("Transpose", "x", "t", perm=[0, 3, 1, 2]), node("Conv", "t w", "c"), node("Flatten", "c", "y")]
+    artifact = build(turned, "x:float32[batch,16,16,3]", "y:float32[batch,2]", {"w": weight(2, 3, 16, 16)})
+    augment, notes = augmentation("auto", 0.0, Interpreter(artifact.model), samples_of(artifact, 64))
+    assert notes[0].startswith("pictures shifted")
+    # Channels are numbers of their own, so that none may get among the others.
+    batch = {"x": np.broadcast_to(np.arange(3, dtype=np.float32), (64, 16, 16, 3)).copy()}
+    batch["x"] += 10 * np.arange(16, dtype=np.float32)[:, None, None]
+    made = augment(batch, None, np.random.default_rng(0))[0]["x"]
+    assert made.shape == batch["x"].shape and not np.array_equal(made, batch["x"])
+    assert (made % 10 == np.arange(3)).all()
+
+
+def softmaxed(artifact):
+    model = artifact.edit()
+    graph = model.graph
+    last = graph.outputs[0]
+    made = ir.node("Softmax", [last], {"axis": 1})
+    graph.append(made)
+    made.outputs[0].name, made.outputs[0].shape, made.outputs[0].type = "shares", last.shape, last.type
+    graph.outputs[0] = made.outputs[0]
+    return Artifact(model=model)
+
+
+def test_a_teacher_that_answers_shares_teaches_as_one_that_answers_scores():
+    teacher = mlp()
+    student = disturbed(teacher)
+    plain, shares = learn(student, teacher), learn(softmaxed(student), softmaxed(teacher))
+    assert shares.before == pytest.approx(plain.before, rel=1e-3)
+    assert shares.after == pytest.approx(plain.after, rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1000.0])
+def test_scores_of_any_size_teach_alike(factor):
+    teacher = mlp()
+    last = teacher.model.graph.outputs[0].producer()
+    model = teacher.edit()
+    for value in last.inputs[1:]:
+        weights = model.graph.initializers[value.name]
+        weights.const_value = ir.Tensor(weights.const_value.numpy() * np.float32(30 * factor), name=value.name)
+    teacher = Artifact(model=model)
+    learnt = learn(disturbed(teacher), teacher)
+    assert 0 < learnt.before < 100 and learnt.after < learnt.before

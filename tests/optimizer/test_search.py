@@ -281,3 +281,40 @@ def test_the_front_has_what_no_other_beats(tmp_path: Path) -> None:
 
     told = [trial(0, 1.0, 0.0), trial(1, 0.5, 1.0), trial(2, 0.6, 1.5), trial(3, 0.4, 2.0), trial(4, 1.2, 0.0)]
     assert [one.number for one in front(told)] == [3, 1, 0]
+
+
+# What makes no difference -----------------------------------------------------------------------------------------------
+
+
+def idle_world(space: Space, values: Values) -> Outcome:
+    """Nothing makes a difference but channels cut finer, from the second step on; another alternative is said to cost less by
+    chance, and the other backend costs much more."""
+    backend, _ = space.where(values)
+    cut = values["prune-channels"] >= 2 and values["prune-channels multiple"] == 1
+    lowered = values["precision"] == 2
+    cost = (1.8 if backend == "onnxruntime" else 1.0) * (0.75 if cut else 1.0) * (1.6 if lowered else 1.0)
+    chance = 0.98 if values["precision"] == 1 else 1.0
+    return Outcome("measured", objectives=(cost * chance,), drop=0.0, digest=f"{backend} {cut} {lowered}")
+
+
+class Idle(Scripted):
+    """Scripted by `idle_world`."""
+
+    def __call__(self, trials: Sequence[Trial], before: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
+        for trial in trials:
+            yield trial, idle_world(self.space, trial.values)
+
+
+def test_what_does_nothing_by_itself_is_not_combined_and_what_does_later_is_found(tmp_path: Path) -> None:
+    search = searched(tmp_path / "log.sqlite", most=60, evaluate=Idle(space()))
+    trials, best = search.log.told(), search.best()
+    assert best is not None and best.values["prune-channels"] >= 2 and best.values["prune-channels multiple"] == 1
+    assert len(trials) < 45
+    backend = [trial for trial in trials if search.space.where(trial.values)[0] == "onnxruntime"]
+    assert all(not trial.values["prune-channels"] and not trial.values["drop-blocks"] for trial in backend)
+
+
+def test_of_the_same_graph_the_first_trial_stands_for_all(tmp_path: Path) -> None:
+    search = searched(tmp_path / "log.sqlite", most=8, evaluate=Idle(space()))
+    best = search.best()
+    assert best is not None and best.values == search.space.at_home(search.space.usual())
