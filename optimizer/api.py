@@ -31,6 +31,7 @@ def optimize(
     out: str | Path | None = None,
     force: bool = False,
     fresh: bool = False,
+    cluster: str | None = None,
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
 ) -> Bundle:
@@ -40,13 +41,15 @@ def optimize(
     metric, expect, max_drop, p99, min_gain, size, memory, time, objective, trials, prove_accuracy, passes, threads, scenario,
     batch, precision, tune, on, allow_power_control, arch, arch_args, input, inputs, trust, seed, max_samples. `config` is a
     recipe file that options override. `fresh`: search even where the answer of the same search is in the cache.
+    `cluster`: who makes the trials of a search, "auto", a number of workers on this machine, or HOST:PORT of a Ray cluster.
     `progress(stage, share)` is called along the way with the share done, 0 to 1.
 
     Raises InputError for what was given, TargetError where the target can't be used here, BackendError where a backend
     fails on this model. A budget that can't be met is no error: `bundle.outcome` says `budget_not_met`."""
     recipe = recipe_for(config, model=str(model) if model is not None else None, target=target, **options)
     told = progress or (lambda stage, share: None)
-    return compile_model(recipe, out_folder(recipe, out), force=force, fresh=fresh, progress=told)
+    where = out_folder(recipe, out)
+    return compile_model(recipe, where, force=force, fresh=fresh, cluster=cluster, progress=told)
 
 
 def read(model: str | Path, **options: Any) -> Reading:

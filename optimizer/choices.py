@@ -1,11 +1,12 @@
 """What a search chooses from: decisions made of a recipe's passes, and the steps that each choice stands for.
 
 Lossless passes are taken as they come. Every lossy pass is a decision: left out, or put in with one of the values that it says
-may be searched (`Pass.searched`). Alternatives (`one-of`) are one decision. What goes gradually (`Pass.gradual`) goes in
-rounds, with a pass that mends after each: a network that lost a tenth is taught back in a fraction of the time of one that lost
-half, and a choice that takes more away begins with what one that takes less has learnt.
+may be searched (`Pass.searched`). Alternatives (`one-of`) are one decision. Where something was removed, it is a decision how
+long the rest is taught: what a choice costs is known without, in seconds, and what it loses then says what to teach.
 
-    drop-blocks 0.2, learn usual   →   drop-blocks(0.1), recover, drop-blocks(0.2, cumulative), recover
+    drop-blocks 0.2                →   drop-blocks(0.2)
+    drop-blocks 0.2, learn usual   →   drop-blocks(0.2), recover(2 minutes)
+    drop-blocks 0.2, learn long    →   drop-blocks(0.2), recover(2 minutes), recover(4 minutes)
 
 Decisions that make no difference to a choice are set to their first value (`Space.canonical`), so that two ways of saying the
 same are one.
@@ -28,8 +29,8 @@ Values = Mapping[str, int]
 """Name of each decision → index of the value that it has."""
 
 BACKEND, FLOATING, PRECISION, ORDER, LEARN = "backend", "floating precision", "precision", "order", "learn"
-LONGER = 3.0
-"""Learning `long`: so many times the usual minutes in the last round."""
+ROUNDS = (1.0, 2.0)
+"""Learning `usual`: a round of the usual minutes; `long`: another one behind it, of so many times that."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class _Removal:
 
     step: PassStep
     options: tuple[dict[str, Any], ...]
-    gradual: str | None
     ways: tuple[dict[str, Any], ...] = ({},)
 
     @property
@@ -57,11 +57,9 @@ class _Removal:
         """`prune-channels multiple`: the decision between ways, where there are several."""
         return f"{self.step.name} {' and '.join(self.ways[0])}"
 
-    def rounds(self, values: Values, gradually: bool) -> list[dict[str, Any]]:
-        """Settings of each round, as a choice has them; of one round where it does not go gradually."""
-        index, way = values[self.step.name], self.ways[values.get(self.how, 0)]
-        shares = _gradually(self, index) if gradually else [self.options[index - 1]]
-        return [{**options, **way} for options in shares]
+    def settings(self, values: Values) -> dict[str, Any]:
+        """As a choice has them that takes something away."""
+        return {**self.options[values[self.step.name] - 1], **self.ways[values.get(self.how, 0)]}
 
 
 @dataclass(frozen=True)
@@ -173,19 +171,19 @@ class Space:
         removals = [one for one in self.removals if values[one.step.name]]
         if values.get(ORDER):
             removals.reverse()
-        settings = {one.step.name: one.rounds(values, self.mending is not None) for one in removals}
-        rounds = max(map(len, settings.values()), default=0)
-        for number in range(rounds):
-            for one in removals:
-                # All of them end in the last round: what goes at once goes there, with the most to learn from behind it.
-                shares = settings[one.step.name]
-                position = number - (rounds - len(shares))
-                if position >= 0:
-                    yield _with(one.step, shares[position])
-            if self.mending is not None:
-                last = number == rounds - 1
-                longer = LONGER if last and values.get(LEARN) else 1.0
-                yield _with_minutes(self.mending, None if minutes is None else round(minutes * longer, 3))
+        for one in removals:
+            yield _with(one.step, one.settings(values))
+        if self.mending is not None:
+            for times in ROUNDS[: values.get(LEARN, 0)]:
+                yield _with_minutes(self.mending, None if minutes is None else round(minutes * times, 3))
+
+    def removes(self, values: Values) -> bool:
+        """Whether a choice takes something away."""
+        return any(values[one.step.name] for one in self.removals)
+
+    def untaught(self, values: Values) -> dict[str, int]:
+        """The same choice without learning what was lost by removing; itself where nothing is learnt so."""
+        return self.canonical({**values, LEARN: 0}) if LEARN in values else dict(values)
 
     def learns(self, values: Values) -> int:
         """How many times a choice learns."""
@@ -214,13 +212,6 @@ class Space:
             elif ours != theirs:
                 return False
         return less
-
-
-def _gradually(one: _Removal, index: int) -> list[dict[str, Any]]:
-    """The settings of each round, up to the value at `index`."""
-    if one.gradual is None:
-        return [one.options[index - 1]]
-    return [{**options, "cumulative": True} for options in one.options[:index]]
 
 
 def _with(step: PassStep, settings: Mapping[str, Any]) -> PassStep:
@@ -293,8 +284,9 @@ def _decisions(
     if len(found["removals"]) > 1:
         names = [one.step.name for one in found["removals"]]
         yield Decision(ORDER, (" before ".join(names), " before ".join(reversed(names))))
-    if found["mending"] is not None and not {"minutes", "steps"} & set(found["mending"].settings):
-        yield Decision(LEARN, ("usual", "long"))
+    if found["mending"] is not None:
+        fixed = {"minutes", "steps"} & set(found["mending"].settings)
+        yield Decision(LEARN, ("none", "yes") if fixed else ("none", "usual", "long"))
     if len(alternatives) > 1:
         yield Decision(PRECISION, ("none", *(_step_words(one) for one in alternatives if one is not None)))
     if found["tuning"] is not None:
@@ -308,8 +300,7 @@ def _removal(cls: type[Pass], step: PassStep) -> _Removal:
     options, ways = dict[str, Any](), dict[str, Any]()
     for name in open_:
         (options if amount in (None, name) else ways)[name] = cls.searched[name]
-    gradual = cls.gradual if cls.gradual not in step.settings else None
-    return _Removal(step, tuple(_products(options)), gradual, tuple(_products(ways)))
+    return _Removal(step, tuple(_products(options)), tuple(_products(ways)))
 
 
 def _products(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -123,7 +123,8 @@ def run(model: str | None, **flags: Any) -> None:
     from perwatt.portable import recipe_for
 
     shown = {
-        name: flags.pop(name) for name in ("as_json", "quiet", "verbose", "dry_run", "force", "fresh", "out", "config")
+        name: flags.pop(name)
+        for name in ("as_json", "quiet", "verbose", "dry_run", "force", "fresh", "cluster", "out", "config")
     }
     options = {name.rstrip("_"): value for name, value in flags.items()}
     recipe = recipe_for(shown["config"], model=model, **options)
@@ -134,7 +135,7 @@ def run(model: str | None, **flags: Any) -> None:
         _dry_run(recipe, out, shown)
         return
     mode = "silent" if shown["quiet"] or shown["as_json"] else ("lines" if shown["verbose"] else "bar")
-    bundle = _compile(recipe, out, mode, force=shown["force"], fresh=shown["fresh"])
+    bundle = _compile(recipe, out, mode, **{name: shown[name] for name in ("force", "fresh", "cluster")})
     report = bundle.report
     if bundle.outcome == "portable":
         _not_here(bundle, shown)
@@ -162,7 +163,7 @@ def _not_here(bundle: Any, shown: dict[str, Any]) -> None:
     raise SystemExit(4)
 
 
-def _compile(recipe: Any, out: Path, mode: Any, **how: bool) -> Any:
+def _compile(recipe: Any, out: Path, mode: Any, **how: Any) -> Any:
     from perwatt.compilation import compile_model
     from perwatt.progress import Progress
 

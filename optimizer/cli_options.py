@@ -156,6 +156,11 @@ RUN: list[Decorator] = [
     click.option("--force", is_flag=True, help="Replace whatever the output folder holds."),
     click.option("--fresh", is_flag=True, help="Search, even where the answer of the same search is in the cache."),
     click.option(
+        "--cluster",
+        metavar="auto|N|HOST:PORT",
+        help="Make the trials of a search in several processes here, as many as fit or N, or on a Ray cluster (docs/search.md).",
+    ),
+    click.option(
         "--dry-run",
         is_flag=True,
         help="Check flags, recipe and paths, print the resolved recipe and, of a search, its plan; write nothing.",

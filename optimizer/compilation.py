@@ -10,17 +10,19 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from perwatt import cluster as clusters
 from perwatt import planning, registry, searching
 from perwatt.artifact import Artifact
 from perwatt.backends import Backend
 from perwatt.bench.power_control import PowerControl
 from perwatt.bundle import Bundle, cache_folder, check_destination, no_room
 from perwatt.candidates import Branch, Candidate, explore
+from perwatt.cluster import Cluster
 from perwatt.contract import Loss, NodeCost, OperatingPoint
 from perwatt.errors import InputError
 from perwatt.isolation import Worker, workspace
@@ -38,7 +40,7 @@ from perwatt.run_cost import Charge
 from perwatt.screening import Screening
 from perwatt.setup import Setup
 from perwatt.sides import Side
-from perwatt.step_store import open_step_store
+from perwatt.step_store import StepStore, open_step_store
 from perwatt.study import Result, Study
 from perwatt.tuning import TunePlan
 
@@ -114,25 +116,29 @@ def resolve_steps(recipe: Recipe) -> list[PassStep | OneOf]:
 
 
 def compile_model(
-    recipe: Recipe, out: Path, *, force: bool = False, fresh: bool = False,
+    recipe: Recipe, out: Path, *, force: bool = False, fresh: bool = False, cluster: str | None = None,
     progress: Progress = lambda stage, share: None, announce: Callable[[Plan], None] = lambda plan: None,
 ) -> Bundle:  # fmt: skip
     """Run the recipe and leave a bundle in `out`. The answer of the same search, of the same files on the same machine, comes
-    from the cache, but for `fresh`. `announce` is given the plan of a search before it begins. Raises PerwattError; then nothing
-    was written."""
+    from the cache, but for `fresh`. `cluster` makes the trials of a search: "auto", a number of workers, or an address.
+    `announce` is given the plan of a search before it begins. Raises PerwattError; then nothing was written."""
     started = time.perf_counter()
     steps = resolve_steps(recipe)
     registry.serving(recipe.target.name)
     check_destination(out, model_name(recipe), force, inputs_of(recipe))
+    if cluster is not None:
+        clusters.check(cluster, recipe, searching.wanted(recipe))
     cache = open_run_cache() if searching.wanted(recipe) and recipe.target.on is None else None
     key = run_key(recipe, steps) if cache is not None else None
     if cache is not None and key is not None and not fresh:
         known = cache.restore(key, out)
         if known is not None:
             return replace(known, from_cache=True)
-    with full_disk_explained(), _opened(recipe, steps, out, progress, started) as work:
+    with full_disk_explained(), open_work(recipe, steps, out, progress, started) as work:
         if work.prepared.absent is not None:
             return write_portable(*work.portable(), out)
+        if cluster is not None:
+            work.spread_over(cluster)
         run = work.run(announce)
         progress("writing the bundle", 0.96)
         made = _write_bundle(run, out)
@@ -148,15 +154,16 @@ def plan_model(recipe: Recipe, out: Path, *, progress: Progress = lambda stage, 
     if not searching.wanted(recipe):
         return None
     steps = resolve_steps(recipe)
-    with full_disk_explained(), _opened(recipe, steps, out, progress, time.perf_counter()) as work:
+    with full_disk_explained(), open_work(recipe, steps, out, progress, time.perf_counter()) as work:
         return None if work.prepared.absent is not None else work.plan()
 
 
 @contextmanager
-def _opened(
+def open_work(
     recipe: Recipe, steps: list[PassStep | OneOf], out: Path, progress: Progress, started: float
-) -> Iterator[_Work]:
-    """The model read, its samples divided, the place to measure open."""
+) -> Iterator[Work]:
+    """The model read, its samples divided, the place to measure open. `started`: when the run did, in `time.perf_counter()`
+    seconds. Raises PerwattError."""
     with workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         charge = Charge()
         cleanup.callback(charge.close)
@@ -167,7 +174,7 @@ def _opened(
             steps = searching.steps_for(recipe, prepared, steps)
             # What is judged in the end is what no trial saw.
             prepared = replace(prepared, evaluation=prepared.confirm or prepared.evaluation)
-        yield _Work(recipe, steps, prepared, Path(scratch), checks, place, charge, progress, started, out, cleanup)
+        yield Work(recipe, steps, prepared, Path(scratch), checks, place, charge, progress, started, out, cleanup)
 
 
 def _fixed_batch_words(recipe: Recipe, source: Artifact) -> list[str]:
@@ -206,9 +213,10 @@ def _power_control(recipe: Recipe, device: str, notes: list[str], cleanup: ExitS
 
 
 @dataclass
-class _Work:
+class Work:
     """From the model as read to the answer: passes, candidates, measurements. The sides of the answer stay open until
-    `cleanup`. `started` is in `time.perf_counter()` seconds."""
+    `cleanup`. `started` is in `time.perf_counter()` seconds. `store` has the steps that a search took, the user's where it is
+    None; what passes measure is measured inside `alone()`."""
 
     recipe: Recipe
     steps: list[PassStep | OneOf]
@@ -221,6 +229,9 @@ class _Work:
     started: float
     out: Path
     cleanup: ExitStack
+    store: StepStore | None = None
+    alone: Callable[[], AbstractContextManager[object]] = nullcontext
+    cluster: Cluster | None = None
 
     def portable(self) -> tuple[Recipe, Prepared, list[Branch], Pipeline, Path, Worker]:
         """The graphs for a backend that is not here, each verified by the reference."""
@@ -237,22 +248,28 @@ class _Work:
 
     def plan(self) -> Plan:
         """The plan of a search that will not begin."""
-        study = self._begun()
+        study = self.begun()
         return planning.without_searching(
-            self.steps, self.prepared, study.screening, self._pipeline_for, searching.limits(self.recipe),
+            self.steps, self.prepared, study.screening, self.pipeline_for, searching.limits(self.recipe),
             lambda text: self.progress(f"planning: {text}", 0.5),
         )  # fmt: skip
 
+    def spread_over(self, address: str) -> None:
+        """Have the trials of a search made by the cluster at this address."""
+        machine = self.place.machine()["fingerprint"]
+        self.cluster = Cluster(address, self.recipe, self.prepared, machine, self.started, self.folder)
+        self.store = self.cluster.store
+
     def run(self, announce: Callable[[Plan], None]) -> Run:
         """Study the candidates, or search for better ones, and tell what was found."""
-        study = self._begun()
+        study = self.begun()
         search = searching.wanted(self.recipe) and self.kept is None
         result = self._searched(study, announce) if search else study.run()
         for side in result.sides.values():
             self.cleanup.callback(side.close)
         return self._told(result)
 
-    def _begun(self) -> Study:
+    def begun(self) -> Study:
         """Everything open that a study needs."""
         recipe, prepared = self.recipe, self.prepared
         search = searching.wanted(recipe)
@@ -262,7 +279,7 @@ class _Work:
         told = _pass_progress(self.progress, self.steps)
         self.pipeline = open_pipeline(
             recipe, prepared, self.folder, self.checks, told, _deadline(recipe, self.started, shares[0]),
-            open_step_store() if search else None, self.place.machine()["fingerprint"],
+            (self.store or open_step_store()) if search else None, self.place.machine()["fingerprint"],
         )  # fmt: skip
         self.first = first_row(
             prepared.reading,
@@ -296,12 +313,12 @@ class _Work:
             if self.kept is not None:
                 return self.kept
             self.progress("running the passes", 0.35)
-            return explore(self._pipeline_for(backend), prepared.source, self.steps)
+            return explore(self.pipeline_for(backend), prepared.source, self.steps)
 
         return Study(
             self.setup,
             self.judge,
-            Screening(self.setup, self.judge, prepared.source, self._point(), prepared.backends),
+            Screening(self.setup, self.judge, prepared.source, self.point(), prepared.backends),
             branches,
             plan=tune_plan(recipe, prepared.source, self.place),
             eager=prepared.eager,
@@ -316,28 +333,35 @@ class _Work:
             study,
             self.steps,
             self.prepared,
-            self._pipeline_for,
-            self._point(),
+            self.pipeline_for,
+            self.point(),
             searching.log_path(cache_folder("search") or self.folder, self.recipe, self.prepared, self.place.machine()),
             lambda result: _write_bundle(self._told(result), self.out),
             _deadline(self.recipe, self.started, searching.SEARCH_SHARE),
             _deadline(self.recipe, self.started, searching.ACCOUNT_SHARE),
             lambda share, text: self.progress(text, 0.3 + 0.4 * share),
             announce,
+            self.cluster,
         )
         return found.run()
 
-    def _point(self) -> OperatingPoint:
+    def point(self) -> OperatingPoint:
+        """How everything is run until it is tuned."""
         return _fitted(operating_point(self.recipe), self.prepared.source)
 
-    def _pipeline_for(self, backend: Backend) -> Pipeline:
+    def pipeline_for(self, backend: Backend) -> Pipeline:
         """The passes for a backend, which they may ask."""
         recipe, setup = self.recipe, self.setup
-        asked = Ask(
-            lambda artifacts: measure_graphs(recipe, backend, artifacts, setup),
-            lambda artifact: profile_graph(recipe, backend, artifact, setup),
-            lambda artifact: judge_graph(recipe, backend, artifact, setup, self.judge),
-        )
+
+        def measure(artifacts: Sequence[Artifact]) -> list[float]:
+            with self.alone():
+                return measure_graphs(recipe, backend, artifacts, setup)
+
+        def profile(artifact: Artifact) -> list[NodeCost]:
+            with self.alone():
+                return profile_graph(recipe, backend, artifact, setup)
+
+        asked = Ask(measure, profile, lambda artifact: judge_graph(recipe, backend, artifact, setup, self.judge))
         return self.pipeline.for_target(backend.capabilities, backend.name, asked)
 
     def _told(self, result: Result) -> Run:

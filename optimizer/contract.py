@@ -162,9 +162,7 @@ class Pass(ABC):
 
     `in_search`: a search puts it in, where the recipe leaves the passes to it. `searched`: settings → values that a search may
     try, in its own words those that `(search: …)` names; of a removal the first says how much, the more to the right the more is
-    taken away, and others how. `gradual` is one of
-    them that says which share goes: where there is something to learn from, a search takes it in rounds. Such a pass has the
-    setting `cumulative`, which makes that share count what earlier rounds took.
+    taken away, and others how.
     """
 
     stage: ClassVar[Stage]
@@ -179,7 +177,6 @@ class Pass(ABC):
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     in_search: ClassVar[bool] = False
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    gradual: ClassVar[str | None] = None
 
     def check_settings(self) -> None:  # noqa: B027
         """Raises PassError for settings that no model could do with; called before anything is read."""

@@ -131,10 +131,11 @@ class Worker:
 
     def kill(self) -> None:
         """End the process now."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        # The run may end while another thread waits for an answer, which then ends the process as well.
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
             self._close_log()
         self._sweep()
 

@@ -2,8 +2,9 @@
 
 In rounds of a few trials. What a round tries follows from the rounds before it, the seed and nothing else, so that it is the
 same however many machines share its trials and however often it was killed. First every alternative by itself; then, around
-the best choice so far, what differs from it in one decision, cheapest promise first; for choices that would be cheaper and
-lose a little too much, what may win that back; and one in each round that Optuna's sampler proposes from everything told.
+the best choice so far, what differs from it in one decision, cheapest promise first; what is removed is tried untaught, in
+seconds, and the cheapest that should lose little enough once taught is taught, in minutes; for choices that would be cheaper
+and lose a little too much, what may win that back; and one in each round that Optuna's sampler proposes from everything told.
 
 Not tried: what takes away still more than a choice that lost far too much, and more than one step beyond what was tried.
 """
@@ -11,13 +12,14 @@ Not tried: what takes away still more than a choice that lost far too much, and 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from perwatt.choices import BACKEND, FLOATING, LEARN, ORDER, PRECISION, Space, Values
+from perwatt.choices import BACKEND, FLOATING, LEARN, ORDER, PRECISION, ROUNDS, Space, Values
 from perwatt.search_log import Log, Outcome, Trial
-from perwatt.search_model import Model, Prediction
+from perwatt.search_model import Model, Prediction, Teaching
 
 ROUND = 4
 """Trials in a round: what is proposed sees the rounds before it only, so more of them learn less from each other."""
@@ -29,8 +31,8 @@ SAMPLED_FIRST = 4
 """Every so many rounds it is the sampler's proposal that comes first."""
 SAME = 1.02
 """What costs no more than this times the least is as good to go on from."""
-ELSEWHERE = 1.5
-"""The same for an alternative on another backend, where it may bring more than on the first."""
+ELSEWHERE, FORESEEN = 1.5, 1.2
+"""The same for an alternative on another backend, where it may bring more than on the first; where the plan measured it."""
 SLACK = 1.3
 """What is expected to lose up to this times what may be lost may turn out to lose less."""
 PROMISING = 1.05
@@ -40,8 +42,9 @@ EXPLORED = 4
 TRIES = 8
 """Proposals of the sampler that were tried already before any other is taken."""
 
-ALONE, AROUND, BACK, SAMPLED, ANY = (
-    "by itself", "one step from the best", "to win back what was lost", "proposed by the sampler", "not tried yet",
+ALONE, AROUND, TAUGHT, BACK, SAMPLED, ANY = (
+    "by itself", "one step from the best", "to be taught", "to win back what was lost", "proposed by the sampler",
+    "not tried yet",
 )  # fmt: skip
 
 Evaluate = Callable[[Sequence[Trial], Sequence[Trial]], Iterable[tuple[Trial, Outcome]]]
@@ -113,13 +116,15 @@ class Search:
 
     def _proposals(self, before: Sequence[Trial], number: int) -> list[tuple[Values, str]]:
         """What round `number` tries. The same for the same trials before it."""
-        known = {_key(trial.values) for trial in before}
+        seen = Seen(self, before)
+        known = set(seen.known)
         learnt = {(), *(self.space.learning(trial.values) for trial in before)}
         taken: list[tuple[Values, str]] = []
         learning = 0
-        for values, why in self._in_turn(before, number):
+        for proposed, why in self._in_turn(seen, number):
+            values = seen.step_by_step(proposed)
             key, learns = _key(values), self.space.learning(values)
-            if key in known or self._hopeless(values, before) or (learning == LEARNING and learns not in learnt):
+            if key in known or self._hopeless(values, seen) or not self._may_learn(learns, learnt, learning, taken):
                 continue
             known.add(key)
             taken.append((values, why))
@@ -129,7 +134,15 @@ class Search:
                 break
         if taken or self._explored(before):
             return taken
-        return next(([one] for one in self._anything(before, number)), [])
+        return next(([one] for one in self._anything(seen, number)), [])
+
+    def _may_learn(self, learns: Any, learnt: Any, learning: int, taken: Sequence[tuple[Values, str]]) -> bool:
+        """Whether a round may learn this: once, and not as long as there is something to be found out in seconds."""
+        if learns in learnt:
+            return True
+        return learning < LEARNING and not any(
+            self.space.removes(one) and not self.space.learns(one) for one, _ in taken
+        )
 
     def _explored(self, before: Sequence[Trial]) -> bool:
         """Whether the last trials were taken for want of anything better, and none of them was: what goes on costs energy."""
@@ -137,25 +150,49 @@ class Search:
         best = self.best(before)
         return len(last) == EXPLORED and all(trial.why == ANY and trial is not best for trial in last)
 
-    def _in_turn(self, before: Sequence[Trial], number: int) -> Iterator[tuple[Values, str]]:
-        known = {_key(trial.values) for trial in before}
+    def _in_turn(self, seen: Seen, number: int) -> Iterator[tuple[Values, str]]:
         first, others = self._alone()
-        model, least = Model(self.space, before), _least(self.best(before))
-        for several in (first, [values for values in others if self._worth(values, model, least, ELSEWHERE)]):
-            alone = [values for values in several if _key(values) not in known]
+        for several in (first, [values for values in others if seen.elsewhere(values)]):
+            alone = [values for values in several if _key(values) not in seen.known]
             if alone:
                 yield from ((values, ALONE) for values in alone)
                 return
         # What is proposed by chance costs minutes to learn: first what one step brings is learnt.
-        if number % SAMPLED_FIRST == 0 and self._has_learnt(before):
-            yield from self._sampled(before, number)
-        around = [(values, AROUND) for trial in self._leading(before) for values in self._around(trial, before)]
-        back = [(values, BACK) for trial in self._near(before) for values in self._back(trial.values)]
-        yield from sorted(
-            ((values, why) for values, why in (*around, *back) if self._worth(values, model, least)),
-            key=lambda one: self._promise(one[0], model),
-        )
-        yield from self._sampled(before, number)
+        if number % SAMPLED_FIRST == 0 and self._has_learnt(seen.before):
+            yield from self._sampled(seen, number)
+        around = [(values, AROUND) for trial in self._leading(seen.before) for values in self._around(trial, seen)]
+        back = [(values, BACK) for trial in self._near(seen) for values in self._back(trial.values)]
+        taught = [(values, TAUGHT) for values in self._taught(seen)]
+        proposed = [(values, why) for values, why in (*around, *back, *taught) if seen.worth(values)]
+        yield from sorted(proposed, key=lambda one: seen.promise(one[0]))
+        yield from self._sampled(seen, number)
+
+    def _taught(self, seen: Seen) -> Iterator[dict[str, int]]:
+        """What was only tried untaught, would be cheaper than the best, and should lose little enough once taught: taught, and
+        with still more taken away. Where there is none, that which should lose least."""
+        if self.space.mending is None:
+            return
+        untaught = [
+            trial for trial in seen.before
+            if trial.outcome is not None and trial.outcome.cost < seen.least and self.space.removes(trial.values)
+            and self.space.untaught(trial.values) == dict(trial.values) and set(trial.outcome.missed) <= {"accuracy"}
+        ]  # fmt: skip
+        most = len(ROUNDS)
+        hopeful = [trial for trial in untaught if seen.loses(self._learning(trial, most)) <= SLACK]
+        least = min(untaught, key=lambda trial: seen.loses(self._learning(trial, most)), default=None)
+        for trial in sorted(hopeful or ([least] if least is not None else []), key=_cost):
+            yield from (values for values in self._around(trial, seen) if self._takes_more(values, trial.values))
+            yield from (self._learning(trial, rounds) for rounds in range(1, most + 1))
+
+    def _learning(self, trial: Trial, rounds: int) -> dict[str, int]:
+        return self.space.canonical({**trial.values, LEARN: rounds})
+
+    def _takes_more(self, values: Values, other: Values) -> bool:
+        """Whether more is taken away, and everything else is the same."""
+        amounts = [one.step.name for one in self.space.removals]
+        hows = [name for one in self.space.removals for name in (one.step.name, one.how, ORDER)]
+        same = all(values[name] == other[name] for name in values if name not in hows)
+        return same and sum(values[name] for name in amounts) > sum(other[name] for name in amounts)
 
     def _has_learnt(self, before: Sequence[Trial]) -> bool:
         """Whether what pays of that which has to be learnt is known: a trial that learns is the best, or several were told."""
@@ -163,28 +200,6 @@ class Search:
         told = [trial for trial in before if self.space.learns(trial.values)]
         nothing = self.space.mending is None and self.space.tuning is None
         return nothing or (best is not None and best in told) or len(told) >= SAMPLED_FIRST
-
-    def _worth(self, values: Values, model: Model, least: float, times: float = PROMISING) -> bool:
-        """Whether a choice may be cheaper than so many `times` the `least` and lose little enough, going by what was tried."""
-        expected = model.predict(values)
-        if expected is None or expected.cost >= times * least:
-            return expected is None
-        # Of what was never tried nobody knows what it wins back.
-        return expected.new or self._loses(expected) <= SLACK
-
-    def _promise(self, values: Values, model: Model) -> tuple[bool, float]:
-        """What sorts proposals: those that are expected to lose little enough first, the cheapest of them first."""
-        expected = model.predict(values)
-        if expected is None:
-            return True, 0.0
-        estimate = self.estimate(values) if expected.new else None
-        return self._loses(expected) > 1.0, estimate if estimate is not None else expected.cost
-
-    def _loses(self, expected: Prediction) -> float:
-        """The drop, as a share of what may be lost."""
-        if expected.drop is None or self.max_drop is None:
-            return 0.0
-        return expected.drop / max(self.max_drop, 0.1)
 
     def _leading(self, before: Sequence[Trial]) -> list[Trial]:
         """The best permitted trial, and of those that cost about the same the one that takes least time to make."""
@@ -212,9 +227,8 @@ class Search:
         ]
         return [*plain, *here, *floating], there
 
-    def _around(self, trial: Trial, before: Sequence[Trial]) -> Iterator[dict[str, int]]:
+    def _around(self, trial: Trial, seen: Seen) -> Iterator[dict[str, int]]:
         """What differs in one decision, by one step where it is ordered; by more where one step made no difference."""
-        known = {_key(one.values): one.outcome for one in before}
         ways = {one.step.name: (one.how, len(one.ways)) for one in self.space.removals}
         for decision in self.space.decisions:
             name, now = decision.name, trial.values[decision.name]
@@ -231,17 +245,16 @@ class Search:
                 for index in range(now + 1, len(decision.values)):
                     values = self.space.canonical({**trial.values, name: index, how: way})
                     yield values
-                    found = known.get(_key(values))
+                    found = seen.known.get(_key(values))
                     if found is None or not _same_graph(found, trial.outcome):
                         break
 
-    def _near(self, before: Sequence[Trial]) -> list[Trial]:
+    def _near(self, seen: Seen) -> list[Trial]:
         """Cheaper than the best, and only a little too inaccurate: cheapest first."""
-        least = _least(self.best(before))
         near = [
-            t for t in before
+            t for t in seen.before
             if t.outcome is not None and set(t.outcome.missed) == {"accuracy"} and t.outcome.missed["accuracy"] <= NEAR
-            and t.outcome.cost < least
+            and t.outcome.cost < seen.least
         ]  # fmt: skip
         return sorted(near, key=_cost)
 
@@ -258,26 +271,21 @@ class Search:
             if decision.kind == "ordered" and values[decision.name]:
                 yield self.space.canonical({**values, decision.name: values[decision.name] - 1})
 
-    def _sampled(self, before: Sequence[Trial], number: int) -> list[tuple[Values, str]]:
+    def _sampled(self, seen: Seen, number: int) -> list[tuple[Values, str]]:
         """What Optuna's sampler proposes, no further than one step beyond what was tried."""
-        known = {_key(trial.values) for trial in before}
-        model, least = Model(self.space, before), _least(self.best(before))
-        for proposed in itertools.islice(self.log.proposals(before, str(number)), TRIES if before else 0):
-            values = self._within_reach(proposed, before)
-            new = _key(values) not in known and not self._hopeless(values, before)
-            if new and self._worth(values, model, least):
+        for proposed in itertools.islice(self.log.proposals(seen.before, str(number)), TRIES if seen.before else 0):
+            values = seen.step_by_step(self._within_reach(proposed, seen.before))
+            if _key(values) not in seen.known and not self._hopeless(values, seen) and seen.worth(values):
                 return [(values, SAMPLED)]
         return []
 
-    def _anything(self, before: Sequence[Trial], number: int) -> Iterator[tuple[Values, str]]:
+    def _anything(self, seen: Seen, number: int) -> Iterator[tuple[Values, str]]:
         """Whatever is left, in random order."""
         draw = random.Random(f"{self.log.seed}:{number}")
-        known = {_key(trial.values) for trial in before}
-        left = [values for values in self.space.all() if _key(values) not in known]
-        model, least = Model(self.space, before), _least(self.best(before))
+        left = [values for values in self.space.all() if _key(values) not in seen.known]
         for values in draw.sample(left, len(left)):
-            reached = values == self._within_reach(values, before)
-            if reached and self._worth(values, model, least) and not self._hopeless(values, before):
+            reached = values == self._within_reach(values, seen.before) and values == seen.step_by_step(values)
+            if reached and seen.worth(values) and not self._hopeless(values, seen):
                 yield values, ANY
 
     def _within_reach(self, values: Values, before: Sequence[Trial]) -> dict[str, int]:
@@ -291,31 +299,30 @@ class Search:
             found[LEARN] = 0
         return self.space.canonical(found)
 
-    def _hopeless(self, values: Values, before: Sequence[Trial]) -> bool:
+    def _hopeless(self, values: Values, seen: Seen) -> bool:
         """Whether a choice that takes away less, and is the same otherwise, lost far too much; or something in it does nothing on
         this backend."""
-        if self._idle(values, before) or self._removes_nothing(values, before):
+        if self._idle(values, seen) or self._removes_nothing(values, seen) or self._tunes_what_is_untaught(values):
             return True
-        return any(
-            trial.outcome is not None
-            and trial.outcome.missed.get("accuracy", 0.0) > NEAR
-            and self.space.lighter(values, trial.values)
-            for trial in before
-        )
+        return any(seen.far(trial) and self.space.lighter(values, trial.values) for trial in seen.before)
 
-    def _removes_nothing(self, values: Values, before: Sequence[Trial]) -> bool:
+    def _tunes_what_is_untaught(self, values: Values) -> bool:
+        """Whether rounding is taught where what was removed is not: that is minutes for the smaller part."""
+        tuned = self.space.tuning is not None and values[self.space.tuning.name]
+        return bool(tuned) and self.space.mending is not None and self.space.removes(values) and not values[LEARN]
+
+    def _removes_nothing(self, values: Values, seen: Seen) -> bool:
         """Whether a removal in it was tried on this backend, and left the graph as it was."""
-        known = {_key(trial.values): trial.outcome for trial in before}
         for one in self.space.removals:
             alike = [name for name in (BACKEND, one.step.name, one.how) if name in values]
-            for trial in before if values[one.step.name] else ():
+            for trial in seen.before if values[one.step.name] else ():
                 if all(trial.values[name] == values[name] for name in alike) and trial.outcome is not None:
-                    without = known.get(_key(self.space.canonical({**trial.values, one.step.name: 0})))
+                    without = seen.known.get(_key(self.space.canonical({**trial.values, one.step.name: 0})))
                     if without is not None and _same_graph(without, trial.outcome):
                         return True
         return False
 
-    def _idle(self, values: Values, before: Sequence[Trial]) -> bool:
+    def _idle(self, values: Values, seen: Seen) -> bool:
         """Whether the alternative by itself was refused there, or left the graph as it was."""
         if not values.get(PRECISION):
             return False
@@ -324,13 +331,89 @@ class Search:
         alone = self.space.at_home({**there, PRECISION: values[PRECISION]})
         if dict(values) == alone:
             return False
-        known = {_key(trial.values): trial.outcome for trial in before}
-        found, base = known.get(_key(alone)), known.get(_key(plain))
+        found, base = seen.known.get(_key(alone)), seen.known.get(_key(plain))
         if found is None:
             return False
         return found.status == "refused" or (
             base is not None and base.digest is not None and found.digest == base.digest
         )
+
+
+class Seen:
+    """The trials before a round, and what they let expect of others."""
+
+    def __init__(self, search: Search, before: Sequence[Trial]) -> None:
+        self.before, self.space, self.estimate = before, search.space, search.estimate
+        self.most = max(search.max_drop, 0.1) if search.max_drop is not None else None
+        self.known = {_key(trial.values): trial.outcome for trial in before if trial.outcome is not None}
+        self.least = _least(search.best(before))
+        self.model = Model(self.space, before)
+        self.teaching = Teaching(self.space, before, self.most or 0.1)
+
+    def step_by_step(self, values: Values) -> dict[str, int]:
+        """The choice; or what should be tried before it: what is removed untaught, which takes seconds; taught for less, where
+        longer learning goes on; with rounding that was not taught."""
+        rounds = values.get(LEARN, 0)
+        before = [{**values, LEARN: less} for less in range(rounds)] + [dict(values)]
+        if self.space.tuning is not None and rounds:
+            before = [{**one, self.space.tuning.name: 0} for one in before]
+        unknown = (one for one in map(self.space.canonical, before) if _key(one) not in self.known)
+        return next(unknown, dict(values)) if LEARN in values else dict(values)
+
+    def elsewhere(self, values: Values) -> bool:
+        """Whether an alternative on another backend may be worth it: by its plan's measurements there, else by what it brings
+        here."""
+        foreseen = self.estimate(values)
+        return self.worth(values, ELSEWHERE) if foreseen is None else foreseen < FORESEEN * self.least
+
+    def worth(self, values: Values, times: float = PROMISING) -> bool:
+        """Whether a choice may be cheaper than so many `times` the least and lose little enough, going by what was tried."""
+        expected = self.model.predict(values)
+        if expected is None or self._cost(values, expected) >= times * self.least:
+            return expected is None
+        # Of what was never tried nobody knows what it wins back.
+        return expected.new or self.loses(values) <= SLACK or self._should_be_tried(values)
+
+    def promise(self, values: Values) -> tuple[bool, float]:
+        """What sorts proposals: those that are expected to lose little enough first, the cheapest of them first."""
+        expected = self.model.predict(values)
+        return self.loses(values) > 1.0, 0.0 if expected is None else self._cost(values, expected)
+
+    def loses(self, values: Values) -> float:
+        """The drop, as a share of what may be lost; of what may be taught, once it was."""
+        expected = self.model.predict(values)
+        drop = None if expected is None else expected.drop
+        rounds = values.get(LEARN, 0)
+        if self.space.mending is not None and self.space.removes(values):
+            untaught = self.known.get(_key(self.space.untaught(values)))
+            if _key(values) not in self.known and untaught is not None and untaught.drop is not None:
+                drop = untaught.drop * self.teaching.left(rounds)
+            elif not rounds and drop is not None:
+                drop *= self.teaching.left(len(ROUNDS))
+        return 0.0 if drop is None or self.most is None else drop / self.most
+
+    def far(self, trial: Trial) -> bool:
+        """Whether a trial lost so much too much that taking more away is hopeless."""
+        if trial.outcome is None or "accuracy" not in trial.outcome.missed:
+            return False
+        untaught = (
+            not trial.values.get(LEARN, 0) and self.space.mending is not None and self.space.removes(trial.values)
+        )
+        if untaught and trial.outcome.drop is not None and self.most is not None:
+            return trial.outcome.drop * self.teaching.left(len(ROUNDS)) > (1 + NEAR) * self.most
+        return trial.outcome.missed["accuracy"] > NEAR
+
+    def _should_be_tried(self, values: Values) -> bool:
+        """Whether it is the first to be taught: what teaching wins back was only guessed so far."""
+        return bool(values.get(LEARN, 0)) and not any(trial.values.get(LEARN, 0) for trial in self.before)
+
+    def _cost(self, values: Values, expected: Prediction) -> float:
+        untaught = self.known.get(_key(self.space.untaught(values)))
+        if untaught is not None and values.get(LEARN, 0) and math.isfinite(untaught.cost):
+            # Values of weights cost no time.
+            return untaught.cost
+        estimate = self.estimate(values) if expected.new else None
+        return expected.cost if estimate is None else estimate
 
 
 def _key(values: Values) -> tuple[Any, ...]:

@@ -3,6 +3,8 @@
 The logarithm of the cost and the drop in accuracy are sums over decisions, as far as all trials tell; a choice is predicted from
 the trial that differs least from it, by what the decisions that differ make on average. So what was tried is predicted as it came
 out, and its neighbours nearly so. Good enough to put proposals in order and to leave out what has no chance.
+
+What teaching wins back is a share of what was lost without, found from choices that were tried both ways (`Teaching`).
 """
 
 from __future__ import annotations
@@ -13,12 +15,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from perwatt.choices import Space, Values
+from perwatt.choices import LEARN, Space, Values
 from perwatt.search_log import Outcome, Trial
 from perwatt.signature import Array
 
 RIDGE = 1e-3
 """Of what was never tried, or only together with something else, as little as possible is believed."""
+
+
+USUALLY_LEFT, LONGER_LEFT = 0.1, 0.6
+"""Of what a choice loses untaught, what it still loses when it was taught as long as is usual; of that, when taught for longer.
+What is taken to be so where nothing is known, and counts as one observation where something is."""
+LEAST_LEFT = 0.01
+WORTH_A_LOOK = 0.5
+"""Of what may be lost: a choice that loses less than this share of it tells nothing of teaching."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +83,26 @@ class Model:
             else:
                 found += [float(index == other) for other in range(1, len(decision.values))]
         return np.array(found)
+
+
+class Teaching:
+    """What is left of a drop once a choice was taught. `most`: the drop that may be, in its unit."""
+
+    def __init__(self, space: Space, trials: Sequence[Trial], most: float) -> None:
+        drops = {tuple(sorted(t.values.items())): t.outcome.drop for t in trials if t.outcome is not None}
+        left: dict[int, list[float]] = {}
+        for trial in trials:
+            taught = trial.outcome.drop if trial.outcome is not None else None
+            rounds = trial.values.get(LEARN, 0)
+            untaught = drops.get(tuple(sorted(space.untaught(trial.values).items()))) if rounds else None
+            if taught is not None and untaught is not None and untaught > WORTH_A_LOOK * most:
+                left.setdefault(rounds, []).append(min(1.0, max(LEAST_LEFT, taught / untaught)))
+        self._left = [1.0]
+        for rounds in range(1, max([2, *left]) + 1):
+            before = USUALLY_LEFT if rounds == 1 else LONGER_LEFT * self._left[-1]
+            several = [before, *left.get(rounds, [])]
+            self._left.append(math.exp(sum(map(math.log, several)) / len(several)))
+
+    def left(self, rounds: int) -> float:
+        """The share of a drop that is left after so many rounds of learning; 1 after none."""
+        return self._left[min(rounds, len(self._left) - 1)]

@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from perwatt import choices, planning
 from perwatt.accounting import account
@@ -31,8 +31,8 @@ from perwatt.pipeline import Pipeline
 from perwatt.planning import Limits, Plan
 from perwatt.preparation import Prepared
 from perwatt.recipe import OneOf, PassStep, Recipe
-from perwatt.search import Search
-from perwatt.search_log import Log, Trial, front
+from perwatt.search import Evaluate, Search
+from perwatt.search_log import Log, Outcome, Trial, front
 from perwatt.study import Result, Study
 from perwatt.trials import Trials
 
@@ -105,10 +105,21 @@ def log_path(folder: Path, recipe: Recipe, prepared: Prepared, machine: dict[str
     return folder / key / "search.sqlite"
 
 
+class Spread(Protocol):
+    """Tries choices elsewhere: `cluster.Cluster`."""
+
+    def over(self, trials: Trials, notes: list[str]) -> Evaluate:
+        """Begin; what evaluates rounds in the place of `trials`. `notes` takes what the report should tell."""
+
+    def close(self) -> None:
+        """End whatever was begun."""
+
+
 @dataclass
 class Searching:
     """One search. `pipeline_for` gives the passes of a backend, `write` a bundle of a result; `deadline` is when no further trial
-    is begun, in `time.monotonic()` seconds. `announce` is given the plan before the first trial."""
+    is begun, in `time.monotonic()` seconds. `announce` is given the plan before the first trial. Trials are made here, one after
+    the other, or by `spread`."""
 
     recipe: Recipe
     study: Study
@@ -122,6 +133,7 @@ class Searching:
     account_by: float | None = None
     progress: Callable[[float, str], None] = lambda share, text: None
     announce: Callable[[Plan], None] = lambda plan: None
+    spread: Spread | None = None
     shipped_cost: float = 1.0
     started: float = field(default_factory=time.monotonic)
 
@@ -147,6 +159,8 @@ class Searching:
                 self.study.progress(0.75, "stopping: measuring the best so far (Ctrl-C again: at once)")
             baseline.p99_ms = baseline.p99_ms or p99_ms(side)
         finally:
+            if self.spread is not None:
+                self.spread.close()
             side.close()
             study.screening.close()
         try:
@@ -182,12 +196,26 @@ class Searching:
         self.search = Search(
             space,
             log,
-            self.trials.evaluate,
+            self._evaluate(),
             stop=self._stop,
             after_round=self._after_round,
             estimate=self.plan.estimate,
             max_drop=self.study.judge.max_drop if self.study.judge.select is not None else None,
         )
+
+    def _evaluate(self) -> Evaluate:
+        """Who makes the trials."""
+        if self.spread is None:
+            return self.trials.evaluate
+        self.progress(0.0, "starting the workers")
+        together, most = self.spread.over(self.trials, self.study.notes), self.recipe.search.trials
+
+        def evaluate(trials: Sequence[Trial], before: Sequence[Trial]) -> Iterable[tuple[Trial, Outcome]]:
+            # Those that are being made count, though nobody knows their outcome yet.
+            left = len(trials) if most is None else max(0, most - len(self.search.log.told()))
+            return together(trials[:left], before)
+
+        return evaluate
 
     # Time -------------------------------------------------------------------------------------------------------------
 

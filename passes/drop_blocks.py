@@ -37,7 +37,6 @@ from perwatt.contract import Context, Pass, Stage, Tolerance
 from perwatt.data import Samples
 from perwatt.errors import BackendError, PassError
 from perwatt.passes._block_redundancy import Movement, likeness
-from perwatt.passes._gradual import share_left
 from perwatt.passes._layer_costs import by_product
 from perwatt.passes._naming import matching, with_names
 from perwatt.passes._quantized import quantized_already
@@ -56,7 +55,6 @@ NAMED = 3
 class DropBlocks(Pass):
     """`blocks`: how many go (search: 1 … a third of them); None: as `ratio` says.
     `ratio`: the share of what all blocks cost that goes, as nearly as whole blocks allow (search: 0.05 … 0.5).
-    `cumulative`: `ratio` counts what earlier steps of this pass took.
     `exclude`: shell patterns of node names; blocks that hold such a node, or end in it, stay.
     `choose`: `output` by how far the outputs move, `cosine` by how little a block changes what it reads (search: both).
     `judged_on`: calibration samples that this is measured on.
@@ -68,11 +66,9 @@ class DropBlocks(Pass):
     measures: ClassVar[bool] = True
     in_search: ClassVar[bool] = True
     searched: ClassVar = {"ratio": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)}
-    gradual: ClassVar[str | None] = "ratio"
 
     blocks: int | None = None
     ratio: float = 0.3
-    cumulative: bool = False
     exclude: tuple[str, ...] = ()
     choose: Literal["output", "cosine"] = "output"
     judged_on: int = 64
@@ -94,8 +90,7 @@ class DropBlocks(Pass):
             return artifact, ["no residual block to drop", *notes]
         samples = self._samples(named, context)
         movement = Movement(named, blocks, samples, context)
-        ratio = share_left(self.ratio, self.cumulative, artifact, self.name())
-        plan = Plan(blocks, self._units(blocks), _costs(named, blocks, context), self.blocks, ratio)
+        plan = Plan(blocks, self._units(blocks), _costs(named, blocks, context), self.blocks, self.ratio)
         chosen, how = (self._by_cosine if self.choose == "cosine" else self._by_output)(
             named, plan, movement, samples, context
         )

@@ -38,7 +38,6 @@ from perwatt.passes._channel_allocation import Costs, cheapest, sizes, uniform
 from perwatt.passes._channel_compensation import biased, compensated, lost_positions
 from perwatt.passes._channel_importance import Importance, Scores
 from perwatt.passes._channel_moments import Moments, channel_moments
-from perwatt.passes._gradual import share_left
 from perwatt.passes._layer_costs import by_product
 from perwatt.passes._naming import matching, with_names
 from perwatt.passes._quantized import quantized_already
@@ -69,7 +68,6 @@ class PruneChannels(Pass):
     `multiple`: sizes are multiples of this many channels; `auto`: what the backend names for the type it is quickest in;
     `finer`: that, and less for layers too narrow for it, where it pays (search: auto, finer, 8, 16, 32, 64).
     `compensate`: adapt the weights behind by least squares.
-    `cumulative`: `ratio` counts what earlier steps of this pass took.
     `exclude`: shell patterns of node names: what these products make stays whole.
     `subset_size`: calibration samples used at most. `judged_on`: samples that Taylor's importance is found on."""
 
@@ -80,14 +78,12 @@ class PruneChannels(Pass):
     after: ClassVar[tuple[str, ...]] = ("drop-blocks",)
     in_search: ClassVar[bool] = True
     searched: ClassVar = {"ratio": (0.15, 0.3, 0.45, 0.6), "multiple": ("auto", "finer")}
-    gradual: ClassVar[str | None] = "ratio"
 
     ratio: float = 0.3
     allocation: Literal["global", "uniform"] = "global"
     importance: Importance = "taylor"
     multiple: int | Literal["auto", "finer"] = "auto"
     compensate: bool = True
-    cumulative: bool = False
     exclude: tuple[str, ...] = ()
     subset_size: int = 128
     judged_on: int = 32
@@ -129,8 +125,7 @@ class PruneChannels(Pass):
         if not wide:
             return artifact, ["no channels can be taken out so that it pays", *notes]
         scores, how = self._scores(work, list(wide))
-        ratio = share_left(self.ratio, self.cumulative, artifact, self.name())
-        kept = self._allocated(work, wide, scores, ratio)
+        kept = self._allocated(work, wide, scores)
         units = {
             group: scores[group].argsort(kind="stable")[: group.size - kept[group]].tolist()
             for group in wide
@@ -138,7 +133,7 @@ class PruneChannels(Pass):
         }
         if not units:
             least = min(self._multiple_for(group, multiple) for group in wide)
-            return artifact, [f"a share of {ratio:.2g} is less than a step of {least} channels anywhere", *notes]
+            return artifact, [f"a share of {self.ratio:g} is less than a step of {least} channels anywhere", *notes]
         after, before = work.cut(units, self.compensate), named
         faster = _faster(before, after, context)
         if faster is not None and faster > FASTER:
@@ -188,17 +183,15 @@ class PruneChannels(Pass):
         found = importance.by_activation if self.importance == "activation" else importance.by_reconstruction
         return found(groups, work.weights, moments)
 
-    def _allocated(
-        self, work: _Work, groups: Mapping[Group, list[int]], scores: Scores, ratio: float
-    ) -> dict[Group, int]:
+    def _allocated(self, work: _Work, groups: Mapping[Group, list[int]], scores: Scores) -> dict[Group, int]:
         if self.allocation == "uniform":
-            return uniform(groups, ratio)
+            return uniform(groups, self.ratio)
         costs = Costs(work.coupling, work.coupling.products, work.costs())
         wanted = Costs(work.coupling, work.coupling.products, costs.seconds)
         for group in groups:
             # As if every size were as good as any.
-            wanted.without(group, ratio * group.size, take=True)
-        return cheapest(groups, scores, costs, wanted.total(), min(LEAST, 1 - ratio))
+            wanted.without(group, self.ratio * group.size, take=True)
+        return cheapest(groups, scores, costs, wanted.total(), min(LEAST, 1 - self.ratio))
 
 
 @dataclass

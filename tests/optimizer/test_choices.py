@@ -46,13 +46,23 @@ def test_the_usual_choice_is_the_lossless_passes() -> None:
     assert names(space, space.usual()) == ["fold-constants", "remove-dead"]
 
 
-def test_what_goes_gradually_is_taught_back_after_each_round() -> None:
+def test_what_is_removed_is_taught_back_as_long_as_was_decided() -> None:
     space = pruning()
-    found = space.steps({**space.usual(), "drop-blocks": 3}, 2.0)
-    assert [one.name for one in found] == ["fold-constants", *["drop-blocks", "recover"] * 3, "remove-dead"]
-    ratios = [one.settings["ratio"] for one in found if one.name == "drop-blocks"]
-    assert ratios == [0.1, 0.2, 0.3] and all(one.settings["cumulative"] for one in found if one.name == "drop-blocks")
-    assert [one.settings["minutes"] for one in found if one.name == "recover"] == [2.0, 2.0, 2.0]
+    removed = {**space.usual(), "drop-blocks": 3}
+    assert names(space, removed) == ["fold-constants", "drop-blocks", "remove-dead"]
+    usual = space.steps({**removed, "learn": 1}, 2.0)
+    assert [one.name for one in usual] == ["fold-constants", "drop-blocks", "recover", "remove-dead"]
+    assert [one.settings for one in usual[1:3]] == [{"ratio": 0.3}, {"minutes": 2.0}]
+    longer = space.steps({**removed, "learn": 2}, 2.0)
+    # It goes on where the usual one ends, so that what that one learnt is not learnt again.
+    assert longer[:3] == usual[:3] and longer[3].settings == {"minutes": 4.0}
+
+
+def test_the_same_choice_untaught() -> None:
+    space = pruning(step("tune-quantization"), OneOf(steps=[step("quantize-int8")]))
+    taught = {**space.usual(), "drop-blocks": 2, "learn": 2, "precision": 1}
+    assert space.untaught(taught) == {**taught, "learn": 0}
+    assert space.removes(taught) and not space.removes(space.usual())
 
 
 def test_ways_to_remove_are_a_decision_of_their_own_that_counts_where_something_is_removed() -> None:
@@ -63,18 +73,11 @@ def test_ways_to_remove_are_a_decision_of_their_own_that_counts_where_something_
     finer = {**usual, "prune-channels": 1, "prune-channels multiple": 1}
     assert space.words(finer).startswith("prune-channels 0.15, prune-channels multiple finer")
     (made,) = [one for one in space.steps(finer) if one.name == "prune-channels"]
-    assert made.settings == {"ratio": 0.15, "multiple": "finer", "cumulative": True}
-    assert space.learning(finer) != space.learning({**usual, "prune-channels": 1})
+    assert made.settings == {"ratio": 0.15, "multiple": "finer"}
+    taught = {**finer, "learn": 1}
+    assert space.learning(taught) != space.learning({**usual, "prune-channels": 1, "learn": 1})
     fixed = choices.space([step("prune-channels", multiple=8), step("recover")], PLACES)
     assert all(d.name != "prune-channels multiple" for d in fixed.decisions)
-
-
-def test_one_that_takes_more_begins_with_what_one_that_takes_less_has_learnt() -> None:
-    space = pruning()
-    less = space.steps({**space.usual(), "drop-blocks": 2}, 1.0)
-    more = space.steps({**space.usual(), "drop-blocks": 3, "learn": 1}, 1.0)
-    assert more[:5] == less[:5]
-    assert more[6].settings == {"minutes": 3.0}
 
 
 def test_without_anything_that_mends_it_goes_at_once() -> None:
@@ -83,16 +86,10 @@ def test_without_anything_that_mends_it_goes_at_once() -> None:
     assert [(one.name, one.settings["ratio"]) for one in found] == [("prune-channels", 0.15), ("drop-blocks", 0.2)]
 
 
-def test_what_goes_at_once_goes_in_the_last_round() -> None:
-    space = choices.space([step("drop-blocks"), step("prune-channels"), step("recover")], PLACES)
-    found = names(space, {**space.usual(), "drop-blocks": 2, "prune-channels": 1}, 1.0)
-    assert found == ["drop-blocks", "recover", "drop-blocks", "prune-channels", "recover"]
-
-
 def test_settings_of_the_recipe_are_not_searched() -> None:
     space = choices.space([step("drop-blocks", blocks=4), step("recover", steps=10)], {"null": ("f32",)})
-    assert all(d.name != "learn" for d in space.decisions)
-    found = space.steps({**space.usual(), "drop-blocks": 1}, 3.0)
+    assert [d.values for d in space.decisions if d.name == "learn"] == [("none", "yes")]
+    found = space.steps({**space.usual(), "drop-blocks": 1, "learn": 1}, 3.0)
     assert found[0].settings["blocks"] == 4 and found[-1].settings == {"steps": 10}
 
 
@@ -122,13 +119,13 @@ def test_which_choice_takes_more_of_the_same_away() -> None:
 def test_how_often_a_choice_learns() -> None:
     space = pruning(OneOf(steps=[step("quantize-int8")]), step("tune-quantization"))
     assert space.learns(space.usual()) == 0
-    assert space.learns({**space.usual(), "drop-blocks": 2, "precision": 1, "tune-quantization": 1}) == 3
+    assert space.learns({**space.usual(), "drop-blocks": 2, "learn": 2, "precision": 1, "tune-quantization": 1}) == 3
 
 
 def test_words_name_what_was_decided() -> None:
     space = pruning(OneOf(steps=[step("quantize-int8", operators="all")]))
     assert space.words(space.usual()) == "lossless passes on openvino in bf16"
-    values = {**space.usual(), "drop-blocks": 2, "learn": 1, "precision": 1, "floating precision": 1}
+    values = {**space.usual(), "drop-blocks": 2, "learn": 2, "precision": 1, "floating precision": 1}
     assert space.words(values) == "drop-blocks 0.2, learn long, quantize-int8 (operators: all) on openvino in f32"
 
 
@@ -148,4 +145,3 @@ def test_every_value_that_may_be_searched_is_a_setting_of_its_pass(name: str) ->
     for setting, values in cls.searched.items():
         for value in values:
             registry.bind(PassStep(name=name, settings={setting: value}))
-    assert cls.gradual is None or cls.gradual in cls.searched

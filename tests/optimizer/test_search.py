@@ -20,6 +20,7 @@ from perwatt.measurement import Ratio
 from perwatt.recipe import OneOf, PassStep
 from perwatt.search import NEAR, Search
 from perwatt.search_log import Log, Outcome, Trial, front
+from perwatt.search_model import Teaching
 
 TRIALS = 40
 
@@ -40,7 +41,8 @@ def script(space: Space, values: Values) -> Outcome:
     cost = (1.3 if backend == "onnxruntime" else 1.0) * (1.1 if floating == "f32" else 1.0)
     blocks, channels = 0.1 * values["drop-blocks"], 0.15 * values["prune-channels"]
     cost *= (1 - 0.95 * blocks) * (1 - 0.5 * channels) * (1, 0.9, 0.6, 0.58)[values["precision"]]
-    drop = (6 * blocks**2 + 12 * channels**2) * (0.6 if values["learn"] else 1.0)
+    # Untaught everything is lost; what was taught longer loses less.
+    drop = (6 * blocks**2 + 12 * channels**2) * (12.0, 1.0, 0.6)[values["learn"]]
     drop += (0, 0.05, 0.3, 0.2)[values["precision"]] - 0.1 * values["tune-quantization"]
     missed = {"accuracy": drop - 1} if drop > 1 else {}
     return Outcome(
@@ -98,6 +100,19 @@ def test_no_choice_is_tried_twice(tmp_path: Path) -> None:
     assert len({tuple(sorted(trial.values.items())) for trial in trials}) == len(trials)
 
 
+def test_nothing_is_taught_that_was_not_tried_untaught(tmp_path: Path) -> None:
+    search = searched(tmp_path / "log.sqlite", most=60)
+    known: list[dict[str, int]] = []
+    taught = 0
+    for _, several in _by_round(search.log.trials()):
+        for trial in several:
+            if trial.values["learn"]:
+                taught += 1
+                assert search.space.canonical({**trial.values, "learn": 0, "tune-quantization": 0}) in known
+        known += [dict(trial.values) for trial in several]
+    assert taught > 2
+
+
 def test_no_more_than_one_step_beyond_what_was_tried(tmp_path: Path) -> None:
     most = {"drop-blocks": 0, "prune-channels": 0}
     for _, several in _by_round(searched(tmp_path / "log.sqlite").log.trials()):
@@ -115,7 +130,8 @@ def test_what_takes_more_than_one_that_lost_far_too_much_is_not_tried(tmp_path: 
     search = searched(tmp_path / "log.sqlite", most=100)
     trials = search.log.trials()
     for number, several in _by_round(trials):
-        bad = [t for t in trials if t.round < number and t.outcome and t.outcome.missed.get("accuracy", 0) > NEAR]
+        known = [t for t in trials if t.round < number and t.outcome and t.outcome.missed.get("accuracy", 0) > NEAR]
+        bad = [t for t in known if search.space.learns(t.values) or not search.space.removes(t.values)]
         for trial in several:
             assert not any(search.space.lighter(trial.values, other.values) for other in bad)
 
@@ -281,6 +297,30 @@ def test_the_front_has_what_no_other_beats(tmp_path: Path) -> None:
 
     told = [trial(0, 1.0, 0.0), trial(1, 0.5, 1.0), trial(2, 0.6, 1.5), trial(3, 0.4, 2.0), trial(4, 1.2, 0.0)]
     assert [one.number for one in front(told)] == [3, 1, 0]
+
+
+# What teaching wins back ------------------------------------------------------------------------------------------------
+
+
+def lost(space: Space, number: int, drop: float, **values: int) -> Trial:
+    found = space.canonical({**space.usual(), "drop-blocks": 2, **values})
+    return Trial(number, found, outcome=Outcome("measured", objectives=(0.5,), drop=drop))
+
+
+def test_what_teaching_leaves_is_guessed_first_and_then_found() -> None:
+    here = space()
+    guessed = Teaching(here, [], 1.0)
+    assert guessed.left(0) == 1.0 and guessed.left(1) == pytest.approx(0.1) and guessed.left(2) == pytest.approx(0.06)
+    untaught, taught = lost(here, 0, 20.0), lost(here, 1, 0.8, learn=1)
+    found = Teaching(here, [untaught, taught], 1.0)
+    assert found.left(1) == pytest.approx((0.1 * 0.04) ** 0.5)
+    assert found.left(2) == pytest.approx(0.6 * found.left(1)) and found.left(5) == found.left(2)
+
+
+def test_what_lost_next_to_nothing_tells_nothing_of_teaching() -> None:
+    here = space()
+    trials = [lost(here, 0, 0.2), lost(here, 1, 0.3, learn=1), lost(here, 2, 9.0, learn=1, precision=1)]
+    assert Teaching(here, trials, 1.0).left(1) == pytest.approx(0.1)
 
 
 # What makes no difference -----------------------------------------------------------------------------------------------
