@@ -30,7 +30,7 @@ from perwatt.judging import Judge
 from perwatt.measuring import SCREENING, Conductor, Effort, costs, interleave
 from perwatt.pipeline import Ask, Pipeline, Row
 from perwatt.place import Place, open_place
-from perwatt.planning import Plan
+from perwatt.plan import Plan
 from perwatt.portable import kept_branches, write_portable
 from perwatt.preparation import Prepared, Progress, first_row, operating_point, prepare, source_outputs
 from perwatt.proving import open_pipeline

@@ -28,7 +28,7 @@ from perwatt.errors import Stopped
 from perwatt.judging import p99_ms
 from perwatt.measuring import Effort
 from perwatt.pipeline import Pipeline
-from perwatt.planning import Limits, Plan
+from perwatt.plan import Limits, Plan
 from perwatt.preparation import Prepared
 from perwatt.recipe import OneOf, PassStep, Recipe
 from perwatt.search import Evaluate, Search

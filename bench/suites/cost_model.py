@@ -43,7 +43,7 @@ from perwatt.data import Samples
 from perwatt.errors import BackendError
 from perwatt.measurement import Ratio
 from perwatt.pipeline import Pipeline, Proof
-from perwatt.planning import Limits, Plan
+from perwatt.plan import Limits, Plan
 from perwatt.recipe import OneOf, PassStep
 from perwatt.trials import walk
 

@@ -144,4 +144,4 @@ def test_every_value_that_may_be_searched_is_a_setting_of_its_pass(name: str) ->
     cls = registry.pass_class(name)
     for setting, values in cls.searched.items():
         for value in values:
-            registry.bind(PassStep(name=name, settings={setting: value}))
+            assert getattr(registry.bind(PassStep(name=name, settings={setting: value})), setting) == value

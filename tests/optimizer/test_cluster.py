@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 
-import perwatt
 from perwatt import cluster as clusters
 from perwatt import compilation
 from perwatt.bundle import Bundle
@@ -31,38 +30,15 @@ from perwatt.pipeline import Pipeline
 from perwatt.search_log import Outcome, Trial
 
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import assert_one_line_error, command, optimize, put_net
+from runs import assert_one_line_error, command, optimize
+from searches import FLAGS, cache, here, searched
+
+__all__ = ["cache", "here"]
 
 PASSES = "fold-batchnorm,prune-channels,quantize-int8,assign-precision"
-OPTIONS = {"target": "null", "min_gain": "1%", "max_drop": 100, "tune": False, "passes": PASSES}
 VARYING = {"seconds": 0.0, "memory_bytes": 0}
 """Of an outcome, what is another one each time."""
 ENOUGH = "enough was seen"
-FLAGS = (
-    "--target", "null", "--min-gain", "1%", "--max-drop", "100", "--no-tune", "--data", "samples.npz", "--passes", PASSES,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `net.onnx` and `samples.npz`."""
-    folder = tmp_path_factory.mktemp("clusters")
-    put_net(folder)
-    return folder
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of this test's own: every search begins anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def searched(here: Path, out: Path, trials: int, **options: Any) -> dict[str, Any]:
-    bundle = perwatt.optimize(
-        here / "net.onnx", data=here / "samples.npz", out=out, trials=trials, force=True, **{**OPTIONS, **options}
-    )
-    return bundle.report
 
 
 def told(report: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -107,7 +83,7 @@ def test_without_ray_the_command_says_what_to_install(here: Path, tmp_path: Path
         "import importlib.util as u\nfound = u.find_spec\n"
         "u.find_spec = lambda name, *more: None if name == 'ray' else found(name, *more)\n"
     )
-    done = optimize("net.onnx", *FLAGS, "--trials", 2, "--cluster", "auto", cwd=here, path=tmp_path)
+    done = optimize("net.onnx", *FLAGS, "--passes", PASSES, "--trials", 2, "--cluster", "auto", cwd=here, path=tmp_path)
     assert_one_line_error(done, 2, "--cluster needs Ray", "pip install")
 
 
@@ -325,7 +301,7 @@ def test_a_worker_finds_what_the_driver_finds(
     monkeypatch.setattr(compilation, "Cluster", Beside)
     monkeypatch.setattr(clusters, "check", lambda *about: None)
     with pytest.raises(TargetError, match=ENOUGH):
-        searched(here, tmp_path / "out", 3, cluster="auto")
+        searched(here, tmp_path / "out", 3, cluster="auto", passes=PASSES)
     assert len(pairs) == 3
     for ours, theirs in pairs:
         assert ours.to_json() | VARYING == theirs.to_json() | VARYING
@@ -353,7 +329,7 @@ def test_files_that_are_others_there_are_named(
     monkeypatch.setattr(compilation, "Cluster", Elsewhere)
     monkeypatch.setattr(clusters, "check", lambda *about: None)
     with pytest.raises(TargetError, match=ENOUGH):
-        searched(here, tmp_path / "out", 1, cluster="auto")
+        searched(here, tmp_path / "out", 1, cluster="auto", passes=PASSES)
 
 
 # With Ray -------------------------------------------------------------------------------------------------------------
@@ -392,7 +368,7 @@ def test_four_workers_of_which_one_is_killed_twice_find_what_is_found_without_th
     pytest.importorskip("ray")
     count = 6
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-alone"))
-    alone = searched(here, tmp_path / "alone", count)
+    alone = searched(here, tmp_path / "alone", count, passes=PASSES)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-together"))
     killed: list[int] = []
     over = threading.Event()
@@ -400,7 +376,7 @@ def test_four_workers_of_which_one_is_killed_twice_find_what_is_found_without_th
     killer.start()
     capfd.readouterr()
     try:
-        together = searched(here, tmp_path / "together", count, cluster="4")
+        together = searched(here, tmp_path / "together", count, cluster="4", passes=PASSES)
     finally:
         over.set()
         killer.join()
@@ -427,7 +403,7 @@ def test_a_worker_on_another_kind_of_machine_is_left_out(
         return misfit(ours, {**theirs, "machine": {**theirs["machine"], "cpus": -1}} if asked == 1 else theirs)
 
     monkeypatch.setattr(clusters, "misfit", one_is_another)
-    report = searched(here, tmp_path / "out", 2, cluster="2")
+    report = searched(here, tmp_path / "out", 2, cluster="2", passes=PASSES)
     assert len(report["search"]["trials"]) == 2 and asked == 2
     assert any("took no part: it is another kind of machine (CPUs online" in note for note in report["notes"])
     assert "the trials were shared by 1 worker on this machine" in report["notes"]
@@ -436,7 +412,9 @@ def test_a_worker_on_another_kind_of_machine_is_left_out(
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_ships_the_best_so_far(here: Path, tmp_path: Path, cache: Path) -> None:
     pytest.importorskip("ray")
-    line = command("net.onnx", *FLAGS, "--trials", 40, "--out", tmp_path / "out", "-v", "--cluster", "2")
+    line = command(
+        "net.onnx", *FLAGS, "--passes", PASSES, "--trials", 40, "--out", tmp_path / "out", "-v", "--cluster", "2"
+    )
     process = subprocess.Popen(
         line, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env={**os.environ, "XDG_CACHE_HOME": str(cache)},

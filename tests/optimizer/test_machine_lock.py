@@ -131,8 +131,7 @@ def test_one_that_is_killed_while_it_waits_keeps_nobody_out(
         time.sleep(1.0)
         waiting.kill()
         waiting.wait()
-        with MachineLock(tmp_path).shared():
-            pass
+        said(begin(started, HOLDING, "shared", tmp_path))
 
 
 def test_it_is_shared_again_after_it_was_had_alone(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:

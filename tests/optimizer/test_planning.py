@@ -14,7 +14,8 @@ from perwatt import choices, plan_words
 from perwatt.choices import Space
 from perwatt.cost_model import Estimate
 from perwatt.errors import BackendError
-from perwatt.planning import Factors, Foreseen, Layer, Part, Plan, _Steps, product
+from perwatt.plan import Factors, Foreseen, Layer, Part, Plan, product
+from perwatt.planning_backend import Steps
 from perwatt.recipe import OneOf, PassStep
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -87,7 +88,7 @@ def test_words_tell_what_costs_least_first_and_count_the_rest() -> None:
 
 def test_a_step_that_there_is_no_time_for_is_left_out_and_named() -> None:
     now = [0.0]
-    steps = _Steps(10.0, lambda text: None, lambda: now[0])
+    steps = Steps(10.0, lambda text: None, lambda: now[0])
 
     def work() -> str:
         now[0] += 6.0
@@ -101,7 +102,7 @@ def test_a_step_that_there_is_no_time_for_is_left_out_and_named() -> None:
 
 @pytest.mark.parametrize("error", [BackendError("it crashed"), ValueError("it crashed")])
 def test_a_step_that_fails_costs_itself_and_not_the_search(error: Exception) -> None:
-    steps = _Steps(10.0, lambda text: None, lambda: 0.0)
+    steps = Steps(10.0, lambda text: None, lambda: 0.0)
 
     def work() -> None:
         raise error

@@ -3,64 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import jsonschema
 import pytest
 
-import perwatt
-from perwatt.bundle import Bundle, is_bundle
-from perwatt.report import schema
-
 sys.path.insert(0, str(Path(__file__).parent))
-from runs import command, optimize, put_net
+from runs import optimize
+from searches import FLAGS, TRIALS, cache, here, searched, told
 
-TRIALS = 8
-OPTIONS = {"target": "null", "min_gain": "1%", "max_drop": 100, "tune": False}
-FLAGS = ("--target", "null", "--min-gain", "1%", "--max-drop", "100", "--no-tune", "--data", "samples.npz")
+__all__ = ["cache", "here"]
+
+Reports: TypeAlias = tuple[dict[str, Any], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `net.onnx` and `samples.npz`."""
-    folder = tmp_path_factory.mktemp("searches")
-    put_net(folder)
-    return folder
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of this test's own: every search begins anew."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def searched(here: Path, out: Path, trials: int = TRIALS, **options: Any) -> dict[str, Any]:
-    bundle = perwatt.optimize(
-        here / "net.onnx", data=here / "samples.npz", out=out, trials=trials, force=True, **{**OPTIONS, **options}
-    )
-    report = bundle.report
-    jsonschema.validate(report, schema())
-    return report
-
-
-def told(report: dict[str, Any]) -> list[tuple[int, str, tuple[float, ...], float | None]]:
-    """What must be the same however often a search was interrupted."""
-    return [(t["number"], t["choice"], tuple(t["objectives"]), t["drop"]) for t in report["search"]["trials"]]
+def reports(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """Of half a search, and of the same one gone on with to its end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        out = tmp_path_factory.mktemp("answers") / "out"
+        return searched(here, out, trials=TRIALS // 2), searched(here, out, trials=TRIALS)
 
 
 @pytest.mark.slow
-def test_the_best_of_the_trials_ships_confirmed_on_what_none_of_them_saw(
-    here: Path, tmp_path: Path, cache: Path
-) -> None:
-    report = searched(here, tmp_path / "out")
+def test_the_best_of_the_trials_ships_confirmed_on_what_none_of_them_saw(reports: Reports) -> None:
+    _, report = reports
     search = report["search"]
     assert report["outcome"] == "optimized" and len(search["trials"]) == TRIALS
     assert search["ended"] == f"{TRIALS} trials were made"
@@ -74,8 +43,8 @@ def test_the_best_of_the_trials_ships_confirmed_on_what_none_of_them_saw(
 
 
 @pytest.mark.slow
-def test_every_pass_of_the_answer_is_accounted_for_and_the_run_charged(here: Path, tmp_path: Path, cache: Path) -> None:
-    report = searched(here, tmp_path / "out")
+def test_every_pass_of_the_answer_is_accounted_for_and_the_run_charged(reports: Reports) -> None:
+    _, report = reports
     names = {share["name"] for share in report["account"]["shares"]}
     applied = {row["name"] for row in report["passes"] if row["status"] == "applied" and row["name"] != "read"}
     assert names and names <= applied | set(report["account"]["droppable"])
@@ -84,11 +53,11 @@ def test_every_pass_of_the_answer_is_accounted_for_and_the_run_charged(here: Pat
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_where_it_ended(here: Path, tmp_path: Path, cache: Path) -> None:
-    first = searched(here, tmp_path / "out", trials=4)
-    longer = searched(here, tmp_path / "out", trials=TRIALS)
+def test_the_same_command_goes_on_where_it_ended(reports: Reports) -> None:
+    first, longer = reports
     assert told(longer)[: len(told(first))] == told(first)
-    assert [t["seconds"] for t in longer["search"]["trials"][:4]] == [t["seconds"] for t in first["search"]["trials"]]
+    seconds = [[t["seconds"] for t in report["search"]["trials"][: TRIALS // 2]] for report in reports]
+    assert seconds[0] == seconds[1]
 
 
 @pytest.mark.slow
@@ -121,63 +90,3 @@ def test_what_was_asked_to_be_small_is_small(here: Path, tmp_path: Path, cache: 
     search = report["search"]
     assert search["objectives"] == ["size", "inferences-per-joule"]
     assert all(len(t["objectives"]) == 2 for t in search["trials"] if t["status"] == "measured")
-
-
-def started(here: Path, out: Path, cache: Path) -> subprocess.Popen[str]:
-    line = command("net.onnx", *FLAGS, "--trials", TRIALS, "--out", out, "-v")
-    return subprocess.Popen(
-        line, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
-    )  # fmt: skip
-
-
-def until(process: subprocess.Popen[str], word: str) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if word in line:
-            return
-    raise AssertionError(f"it ended without a word of {word!r}")
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_search_with_the_best_so_far(here: Path, tmp_path: Path, cache: Path) -> None:
-    process = started(here, tmp_path / "out", cache)
-    until(process, "trial 5")
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    report = Bundle(tmp_path / "out").report
-    assert report["search"]["ended"] == "stopped by Ctrl-C" and 1 <= len(report["search"]["trials"]) < TRIALS
-    assert report["outcome"] == "optimized"
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_answer(here: Path, tmp_path: Path, cache: Path) -> None:
-    whole = searched(here, tmp_path / "whole")
-    out, elsewhere, draw = tmp_path / "killed", tmp_path / "cache-killed", random.Random(1)
-    for number in (2, 4, 7):
-        process = started(here, out, elsewhere)
-        until(process, f"trial {number}")
-        time.sleep(draw.uniform(0.0, 1.0))
-        process.kill()
-        process.communicate()
-        assert not out.exists() or is_bundle(out), "a whole bundle or none"
-    done = started(here, out, elsewhere)
-    said, _ = done.communicate(timeout=600)
-    assert done.returncode == 0, said
-    report = Bundle(out).report
-    assert told(report) == told(whole)
-    assert report["search"]["shipped"] == whole["search"]["shipped"]
-
-
-@pytest.mark.slow
-def test_the_same_search_again_comes_from_the_cache(here: Path, tmp_path: Path, cache: Path) -> None:
-    arguments = ("net.onnx", *FLAGS, "--trials", 3, "--out")
-    first = optimize(*arguments, tmp_path / "first", cwd=here)
-    assert first.returncode == 0 and "from the cache" not in first.stdout, first.stderr
-    again = optimize(*arguments, tmp_path / "again", cwd=here)
-    assert again.returncode == 0 and "from the cache: this is the answer of" in again.stdout, again.stderr
-    reports = [Bundle(tmp_path / name).report for name in ("first", "again")]
-    assert reports[0] == reports[1]
-    fresh = optimize(*arguments, tmp_path / "again", "--fresh", "--json", cwd=here)
-    assert json.loads(fresh.stdout)["created"] > reports[0]["created"]
