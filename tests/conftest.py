@@ -1,5 +1,6 @@
 """Fixtures and options of all tests. Modules beside this file (`models`, `nets`) can be imported by name."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,13 @@ settings.load_profile("perwatt")
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew from what comes out now")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def test_run(tmp_path_factory):
+    """The folder of this test run, for all of its processes: PERWATT_TEST_RUN."""
+    folder = tmp_path_factory.getbasetemp()
+    os.environ["PERWATT_TEST_RUN"] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
 @pytest.fixture

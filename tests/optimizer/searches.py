@@ -15,7 +15,7 @@ from perwatt.report import schema
 sys.path.insert(0, str(Path(__file__).parent))
 from runs import put_net
 
-TRIALS = 8
+TRIALS = 6
 OPTIONS = {"target": "null", "min_gain": "1%", "max_drop": 100, "tune": False}
 FLAGS = ("--target", "null", "--min-gain", "1%", "--max-drop", "100", "--no-tune", "--data", "samples.npz")
 

@@ -7,7 +7,7 @@ from couplings import proven
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import test_fusion_architectures as small
+import architectures as small
 
 from perwatt.artifact import Step
 from perwatt.passes._naming import with_names
@@ -20,16 +20,11 @@ CUT = {
 """Groups that there are at least once it is fused: MLPs of transformers, inner convolutions of the others."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("exported")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("make", CUT)
-def test_every_architecture_is_cut_by_a_third_without_a_broken_shape(make, fused, folder):
-    artifact = small.exported(make, "sdpa", "dynamo", folder)
+def test_every_architecture_is_cut_by_a_third_without_a_broken_shape(make, fused):
+    artifact = small.exported(make, "sdpa", "dynamo")
     batch = small.inputs(make, 2)
     if fused:
         artifact = small.fused(artifact, small.allowing(*small.OPERATORS), batch)

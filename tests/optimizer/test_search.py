@@ -22,7 +22,7 @@ from perwatt.search import NEAR, Search
 from perwatt.search_log import Log, Outcome, Trial, front
 from perwatt.search_model import Teaching
 
-TRIALS = 40
+TRIALS = 24
 
 
 def space() -> Space:
@@ -76,32 +76,42 @@ def story(search: Search) -> list[tuple[int, int, str, float]]:
     return [(t.number, t.round, search.space.words(t.values), t.outcome.cost) for t in search.log.trials() if t.outcome]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    """A search of `TRIALS` trials that nothing disturbed."""
+    return searched(tmp_path_factory.mktemp("whole") / "log.sqlite")
+
+
+@pytest.fixture(scope="module")
+def longest(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    """One of 100."""
+    return searched(tmp_path_factory.mktemp("longest") / "log.sqlite", most=100)
+
+
 # Rounds -----------------------------------------------------------------------------------------------------------------
 
 
-def test_it_finds_what_is_cheapest_of_what_may_be_lost(tmp_path: Path) -> None:
-    search = searched(tmp_path / "log.sqlite", most=100)
-    best = search.best()
+def test_it_finds_what_is_cheapest_of_what_may_be_lost(longest: Search) -> None:
+    search, best = longest, longest.best()
     assert best is not None and best.outcome is not None
     optimum = min(script(search.space, v).cost for v in search.space.all() if script(search.space, v).permitted)
     assert best.outcome.cost <= 1.05 * optimum
     assert best.outcome.permitted and len(search.log.told()) < 0.05 * search.space.count()
 
 
-def test_every_alternative_is_tried_by_itself_first(tmp_path: Path) -> None:
-    search = searched(tmp_path / "log.sqlite", most=8)
-    first = [search.space.words(t.values) for t in search.log.trials()[:8]]
+def test_every_alternative_is_tried_by_itself_first(whole: Search) -> None:
+    first = [whole.space.words(t.values) for t in whole.log.trials()[:8]]
     assert first[:2] == ["lossless passes on openvino in bf16", "lossless passes on onnxruntime in f32"]
     assert {"assign-precision on openvino in bf16", "lossless passes on openvino in f32"} <= set(first)
 
 
-def test_no_choice_is_tried_twice(tmp_path: Path) -> None:
-    trials = searched(tmp_path / "log.sqlite", most=60).log.trials()
+def test_no_choice_is_tried_twice(longest: Search) -> None:
+    trials = longest.log.trials()
     assert len({tuple(sorted(trial.values.items())) for trial in trials}) == len(trials)
 
 
-def test_nothing_is_taught_that_was_not_tried_untaught(tmp_path: Path) -> None:
-    search = searched(tmp_path / "log.sqlite", most=60)
+def test_nothing_is_taught_that_was_not_tried_untaught(longest: Search) -> None:
+    search = longest
     known: list[dict[str, int]] = []
     taught = 0
     for _, several in _by_round(search.log.trials()):
@@ -113,9 +123,9 @@ def test_nothing_is_taught_that_was_not_tried_untaught(tmp_path: Path) -> None:
     assert taught > 2
 
 
-def test_no_more_than_one_step_beyond_what_was_tried(tmp_path: Path) -> None:
+def test_no_more_than_one_step_beyond_what_was_tried(whole: Search) -> None:
     most = {"drop-blocks": 0, "prune-channels": 0}
-    for _, several in _by_round(searched(tmp_path / "log.sqlite").log.trials()):
+    for _, several in _by_round(whole.log.trials()):
         for name, tried in most.items():
             assert max(trial.values[name] for trial in several) <= tried + 1
         most = {name: max([tried, *(t.values[name] for t in several)]) for name, tried in most.items()}
@@ -126,9 +136,8 @@ def _by_round(trials: Sequence[Trial]) -> Iterator[tuple[int, list[Trial]]]:
         yield number, [trial for trial in trials if trial.round == number]
 
 
-def test_what_takes_more_than_one_that_lost_far_too_much_is_not_tried(tmp_path: Path) -> None:
-    search = searched(tmp_path / "log.sqlite", most=100)
-    trials = search.log.trials()
+def test_what_takes_more_than_one_that_lost_far_too_much_is_not_tried(longest: Search) -> None:
+    search, trials = longest, longest.log.trials()
     for number, several in _by_round(trials):
         known = [t for t in trials if t.round < number and t.outcome and t.outcome.missed.get("accuracy", 0) > NEAR]
         bad = [t for t in known if search.space.learns(t.values) or not search.space.removes(t.values)]
@@ -170,7 +179,7 @@ def test_where_everything_is_refused_there_is_no_best_and_an_end(tmp_path: Path)
     assert search.run() == "nothing that is left promises more" and search.best() is None
 
 
-def test_what_there_is_no_time_for_stays_to_be_done(tmp_path: Path) -> None:
+def test_what_there_is_no_time_for_stays_to_be_done(whole: Search, tmp_path: Path) -> None:
     here = space()
     log = Log(tmp_path / "log.sqlite", here)
     search = Search(
@@ -180,26 +189,24 @@ def test_what_there_is_no_time_for_stays_to_be_done(tmp_path: Path) -> None:
     assert len(log.told()) == 2 and len(log.trials()) == 4
     log.close()
     again = searched(tmp_path / "log.sqlite")
-    assert story(again) == story(searched(tmp_path / "other.sqlite"))
+    assert story(again) == story(whole)
 
 
 # The same whatever happens ------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_is_the_same_search_and_another_is_another(tmp_path: Path) -> None:
-    first, again = (story(searched(tmp_path / f"{name}.sqlite", seed=3)) for name in "ab")
-    assert first == again
-    assert first != story(searched(tmp_path / "c.sqlite", seed=4))
+def test_the_same_seed_is_the_same_search_and_another_is_another(whole: Search, tmp_path: Path) -> None:
+    assert story(whole) == story(searched(tmp_path / "again.sqlite"))
+    assert story(whole) != story(searched(tmp_path / "other.sqlite", seed=4))
 
 
-def test_the_order_in_which_a_round_comes_back_makes_no_difference(tmp_path: Path) -> None:
-    here = space()
-    there = searched(tmp_path / "b.sqlite", evaluate=Scripted(here, reverse=True))
-    assert sorted(story(there)) == sorted(story(searched(tmp_path / "a.sqlite")))
+def test_the_order_in_which_a_round_comes_back_makes_no_difference(whole: Search, tmp_path: Path) -> None:
+    there = searched(tmp_path / "reversed.sqlite", evaluate=Scripted(space(), reverse=True))
+    assert sorted(story(there)) == sorted(story(whole))
 
 
-def test_a_search_goes_on_where_it_ended(tmp_path: Path) -> None:
-    path, whole = tmp_path / "log.sqlite", searched(tmp_path / "whole.sqlite")
+def test_a_search_goes_on_where_it_ended(whole: Search, tmp_path: Path) -> None:
+    path = tmp_path / "log.sqlite"
     short = searched(path, most=10)
     done = len(story(short))
     short.log.close()
@@ -228,8 +235,7 @@ print("done", flush=True)
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_it_tells_the_same_story(tmp_path: Path) -> None:
-    whole = story(searched(tmp_path / "whole.sqlite"))
+def test_killed_at_twenty_random_moments_it_tells_the_same_story(whole: Search, tmp_path: Path) -> None:
     path = tmp_path / "killed.sqlite"
     code = KILLED.format(folder=str(Path(__file__).parent), path=str(path))
     draw, tried = random.Random(0), []
@@ -243,7 +249,7 @@ def test_killed_at_twenty_random_moments_it_tells_the_same_story(tmp_path: Path)
         said = [line, *process.communicate()[0].splitlines()]
         tried += [int(number) for number in said if number.strip().isdigit()]
     finished = searched(path)
-    assert story(finished) == whole
+    assert story(finished) == story(whole)
     # At most the trial in flight is made again.
     told = len(set(tried))
     assert len(tried) <= told + 20

@@ -76,7 +76,7 @@ def test_samples_to_confirm_with_are_the_only_ones_that_judge(here: Path, tmp_pa
 @pytest.mark.slow
 def test_where_nothing_is_small_enough_the_smallest_ships_and_says_so(here: Path, tmp_path: Path, cache: Path) -> None:
     out = tmp_path / "out"
-    done = optimize("net.onnx", *FLAGS, "--trials", TRIALS, "--size", "100", "--out", out, "--json", cwd=here)
+    done = optimize("net.onnx", *FLAGS, "--trials", 3, "--size", "100", "--out", out, "--json", cwd=here)
     assert done.returncode == 3, done.stderr
     report = json.loads(done.stdout)
     assert report["outcome"] == "budget_not_met" and "0.00 MB are allowed" in report["reason"]
@@ -86,7 +86,7 @@ def test_where_nothing_is_small_enough_the_smallest_ships_and_says_so(here: Path
 
 @pytest.mark.slow
 def test_what_was_asked_to_be_small_is_small(here: Path, tmp_path: Path, cache: Path) -> None:
-    report = searched(here, tmp_path / "out", objective="size,inferences-per-joule")
+    report = searched(here, tmp_path / "out", trials=3, objective="size,inferences-per-joule")
     search = report["search"]
     assert search["objectives"] == ["size", "inferences-per-joule"]
     assert all(len(t["objectives"]) == 2 for t in search["trials"] if t["status"] == "measured")

@@ -1,9 +1,7 @@
 """`drop-blocks`: those blocks go without which outputs move least for what they cost, and as many as was asked for."""
 
-import importlib.util
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -240,15 +238,6 @@ def quantized():
 # Whole architectures ----------------------------------------------------------------------------------------------------
 
 
-def _architectures():
-    """The networks that fusion is judged on."""
-    path = Path(__file__).parents[1] / "optimizer" / "test_fusion_architectures.py"
-    spec = importlib.util.spec_from_file_location("fusion_architectures", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 BLOCKS = {
     "bert": 4, "minilm": 6, "vit": 4, "llama": 4, "gpt2": 4, "whisper": 4, "resnet50": 2, "mobilenetv2": 10, "efficientnet": 3,
     "convnext": 4, "swin": 8,
@@ -260,17 +249,16 @@ BLOCKS = {
 @pytest.mark.parametrize("form", ["dynamo", "script"])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_architectures_lose_a_third_of_their_blocks_without_a_broken_shape(name, fused, form, tmp_path):
-    pytest.importorskip("transformers")
-    nets = _architectures()
-    make = getattr(nets, name)
-    artifact = nets.exported(make, "sdpa", form, tmp_path)
-    batch = nets.inputs(make, 2)
+def test_architectures_lose_a_third_of_their_blocks_without_a_broken_shape(name, fused, form):
+    architectures = pytest.importorskip("architectures")
+    make = getattr(architectures, name)
+    artifact = architectures.exported(make, "sdpa", form)
+    batch = architectures.inputs(make, 2)
     if fused:
-        artifact = nets.fused(artifact, nets.allowing(*nets.OPERATORS), batch)
+        artifact = architectures.fused(artifact, architectures.allowing(*architectures.OPERATORS), batch)
     blocks = residual_blocks(with_names(artifact, Step("test"))).found
     assert len(blocks) == BLOCKS[name]
-    given = context([nets.inputs(make, 8)], execute=executed, profile=lambda _: [])
+    given = context([architectures.inputs(make, 8)], execute=executed, profile=lambda _: [])
     after, changes = DropBlocks(judged_on=4).run(artifact, given)
     onnx.checker.check_model(ir.to_proto(after.model), full_check=True)
     assert after.signature == artifact.signature and len(after.model.graph) < len(artifact.model.graph)
