@@ -168,7 +168,7 @@ def open_work(
         charge = Charge()
         cleanup.callback(charge.close)
         place = cleanup.enter_context(open_place(recipe.target.on))
-        prepared = prepare(recipe, Path(scratch), checks, place, progress, cleanup)
+        prepared = prepare(recipe, Path(scratch), checks, place, progress, cleanup, registry.imports(steps))
         prepared.notes.extend(registry.out_of_order(steps))
         if searching.wanted(recipe) and prepared.absent is None:
             steps = searching.steps_for(recipe, prepared, steps)

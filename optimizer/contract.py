@@ -160,6 +160,7 @@ class Pass(ABC):
     that what it makes is this backend's alone. One that `mends` gives back what lossy passes before it took: what it
     makes is as fast and more accurate, and takes the place of what it was given.
 
+    `imports`: packages that take seconds to import and that it may run: the worker has them ready.
     `in_search`: a search puts it in, where the recipe leaves the passes to it. `searched`: settings → values that a search may
     try, in its own words those that `(search: …)` names; of a removal the first says how much, the more to the right the more is
     taken away, and others how.
@@ -174,6 +175,7 @@ class Pass(ABC):
     depends_on_target: ClassVar[bool] = False
     measures: ClassVar[bool] = False
     mends: ClassVar[bool] = False
+    imports: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     in_search: ClassVar[bool] = False
     searched: ClassVar[Mapping[str, tuple[Any, ...]]] = {}

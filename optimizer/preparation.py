@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -82,17 +82,18 @@ class Prepared(Opened):
 
 
 def prepare(
-    recipe: Recipe, folder: Path, checks: Worker, place: Place, progress: Progress, cleanup: ExitStack
-) -> Prepared:
+    recipe: Recipe, folder: Path, checks: Worker, place: Place, progress: Progress, cleanup: ExitStack,
+    imports: Sequence[str] = (),
+) -> Prepared:  # fmt: skip
     """Look at the target where it is (`place`), read the model, open the data, judge the original. What must be closed
-    goes into `cleanup`.
+    goes into `cleanup`. `imports`: packages that passes will run.
 
     Raises PerwattError where any of them can't be used."""
     progress(f"looking at the target {recipe.target.name}", 0.0)
     with ExitStack() as asking:
         there = checks if place.words is None else asking.enter_context(place.worker("the targets"))
         backends, passed_over, absent = usable_backends(recipe, there)
-    opened = open_model(recipe, folder, checks, progress, cleanup)
+    opened = open_model(recipe, folder, checks, progress, cleanup, imports)
     progress("judging the original", 0.2)
     eager = open_eager(opened, recipe, folder, place, cleanup)
     select, evaluation, confirm = _evaluations(recipe, backends, opened, folder, checks, place)
@@ -103,15 +104,18 @@ def prepare(
     )  # fmt: skip
 
 
-def open_model(recipe: Recipe, folder: Path, checks: Worker, progress: Progress, cleanup: ExitStack) -> Opened:
-    """Read the recipe's model and open its data. What must be closed goes into `cleanup`.
+def open_model(
+    recipe: Recipe, folder: Path, checks: Worker, progress: Progress, cleanup: ExitStack, imports: Sequence[str] = ()
+) -> Opened:
+    """Read the recipe's model and open its data. What must be closed goes into `cleanup`. `imports`: packages that passes
+    will run.
 
     Raises PerwattError where either can't be used."""
     meanwhile = _aside(cleanup)
     # What the worker will need is imported while the model is read here; nothing is being measured yet. It starts in this
     # thread, because a worker ends with the thread that started it.
     checks.start()
-    meanwhile.submit(checks.call, "warm")
+    meanwhile.submit(checks.call, "warm", imports=list(imports))
     progress(f"reading {recipe.model.path}", 0.03)
     reading = read_model(recipe, checks)
     source = reading.artifact

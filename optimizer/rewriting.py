@@ -69,7 +69,7 @@ def rewrite_model(
     with full_disk_explained(), workspace() as scratch, Worker("checks") as checks, ExitStack() as cleanup:
         folder = Path(scratch)
         capabilities = _capabilities(recipe, checks)
-        opened = open_model(recipe, folder, checks, progress, cleanup)
+        opened = open_model(recipe, folder, checks, progress, cleanup, registry.imports(steps))
         eager = open_eager(opened, recipe, folder, Place(), cleanup)
         begun = 0
 

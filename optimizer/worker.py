@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -115,12 +116,10 @@ class Session(MeterOperations):
 
     # Targets ----------------------------------------------------------------------------------------------------
 
-    def warm(self) -> dict[str, Any]:
-        """Import what checks and passes will need, while the caller does something else."""
-        import nncf  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript.optimizer  # noqa: F401
-
+    def warm(self, imports: Sequence[str]) -> dict[str, Any]:
+        """Import what checks and passes will need, these packages among it, while the caller does something else."""
+        for package in ("onnxruntime", *imports):
+            importlib.import_module(package)
         return {}
 
     def target(self, name: str, point: dict[str, Any] | None = None) -> dict[str, Any]:

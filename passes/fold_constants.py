@@ -25,6 +25,7 @@ class FoldConstants(Pass):
     """Settings: results above `output_size_limit` elements stay computed (search: 2**12 … 2**22)."""
 
     stage: ClassVar[Stage] = Stage.CLEAN
+    imports: ClassVar[tuple[str, ...]] = ("onnxscript.optimizer",)
     in_default: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("fold-shapes",)
     # Shape inference inside the folder is C++ of onnx, which has crashed on odd files.

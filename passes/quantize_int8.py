@@ -61,6 +61,7 @@ class QuantizeInt8(Pass):
 
     stage: ClassVar[Stage] = Stage.PRECISION
     in_default: ClassVar[bool] = True
+    imports: ClassVar[tuple[str, ...]] = ("nncf",)
     variants: ClassVar = ({}, {"operators": "all"}, {"quantizer": "nncf"})
     tolerance: ClassVar[Tolerance | None] = None
     depends_on_target: ClassVar[bool] = True
