@@ -25,7 +25,7 @@ WHEEL_TESTS = (
     "tests/targets/test_inductor.py::test_any_number_of_items_gives_what_the_model_says",
 )  # fmt: skip
 """Whole commands, and whatever reads a file that lies beside the code."""
-AT_ONCE = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "loadfile")
+AT_ONCE = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "loadfile", "--no-loadscope-reorder")
 ROOMS = {"optimizer": "perwatt", "passes": "passes", "kernels": "kernels", "targets": "targets", "bench": "bench"}
 
 
@@ -75,8 +75,8 @@ def example() -> None:
 
 
 def test() -> None:
-    """The tests, on the working tree: several files at a time, because they mostly wait for processes of their own."""
-    run(PYTHON, "-m", "pytest", *AT_ONCE, *sys.argv[2:])
+    """The tests, on the working tree: several files at a time, one thread for each."""
+    run(PYTHON, "-m", "pytest", *AT_ONCE, *sys.argv[2:], OMP_NUM_THREADS="1")
 
 
 def links() -> None:
@@ -113,7 +113,7 @@ def wheel() -> None:
     run(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built)
     where = f"import perwatt, sys; sys.exit(not perwatt.__file__.startswith({str(site)!r}))"
     run(PYTHON, "-c", where, PYTHONPATH=str(site))
-    run(PYTHON, "-m", "pytest", *AT_ONCE, *WHEEL_TESTS, *sys.argv[2:], PYTHONPATH=str(site))
+    run(PYTHON, "-m", "pytest", *AT_ONCE, *WHEEL_TESTS, *sys.argv[2:], PYTHONPATH=str(site), OMP_NUM_THREADS="1")
 
 
 TASKS = {"example": example, "test": test, "check": check, "links": links}

@@ -15,7 +15,14 @@ sys.path.insert(0, str(TESTS))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
 # The same examples in every run, and no clock: a slow machine is no failure.
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: what is begun last is what a run waits for in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 settings.register_profile("perwatt", deadline=None, derandomize=True, max_examples=15, database=None)
 settings.load_profile("perwatt")
 

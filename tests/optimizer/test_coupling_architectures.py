@@ -7,7 +7,7 @@ from couplings import proven
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import architectures as small
+import small_networks as small
 
 from perwatt.artifact import Step
 from perwatt.passes._naming import with_names

@@ -246,19 +246,23 @@ BLOCKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["dynamo", "script"])
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    ("name", "fused", "form"),
+    [
+        *((name, fused, "dynamo") for name in BLOCKS for fused in (False, True)),
+        *((name, False, "script") for name in ("bert", "llama", "mobilenetv2", "swin")),
+    ],
+)
 def test_architectures_lose_a_third_of_their_blocks_without_a_broken_shape(name, fused, form):
-    architectures = pytest.importorskip("architectures")
-    make = getattr(architectures, name)
-    artifact = architectures.exported(make, "sdpa", form)
-    batch = architectures.inputs(make, 2)
+    networks = pytest.importorskip("small_networks")
+    make = getattr(networks, name)
+    artifact = networks.exported(make, "sdpa", form)
+    batch = networks.inputs(make, 2)
     if fused:
-        artifact = architectures.fused(artifact, architectures.allowing(*architectures.OPERATORS), batch)
+        artifact = networks.fused(artifact, networks.allowing(*networks.OPERATORS), batch)
     blocks = residual_blocks(with_names(artifact, Step("test"))).found
     assert len(blocks) == BLOCKS[name]
-    given = context([architectures.inputs(make, 8)], execute=executed, profile=lambda _: [])
+    given = context([networks.inputs(make, 8)], execute=executed, profile=lambda _: [])
     after, changes = DropBlocks(judged_on=4).run(artifact, given)
     onnx.checker.check_model(ir.to_proto(after.model), full_check=True)
     assert after.signature == artifact.signature and len(after.model.graph) < len(artifact.model.graph)
