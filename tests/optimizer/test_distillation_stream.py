@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from models import feed, outputs
+from models import feed
 from residuals import WORDS, attention, basic, chain, mlp
 
 torch = pytest.importorskip("torch")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from models import outputs
 from small_networks import (
     OPERATORS,
     allowing,
@@ -26,7 +27,6 @@ from small_networks import (
     vit,
     whisper,
 )  # fmt: skip
-from models import outputs
 
 ARCHITECTURES = {
     bert: {"LayerNormalization": 5, "Gelu": 2, "Attention": 2, "MatMul|Gemm": 14, "Softmax|Erf|ReduceMean": 0},
