@@ -13,7 +13,8 @@ A worker is asked who it is first. One on another kind of machine, or with other
 comparable, and what it makes would not be found again. A worker that is lost is made anew and its trial tried again. Graphs that
 workers made are found in the store of steps: the same one on one machine, copied from other machines.
 
-Limits: the recipe's files lie under the same path on every machine. What workers take is not part of what the run cost.
+Limits: the recipe's files lie under the same path on every machine. What a worker took for a trial that it was lost over is not
+part of what the run cost.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import re
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,16 +165,17 @@ class Cluster:
     fingerprint that the figures of this search belong to."""
 
     def __init__(
-        self, address: str, recipe: Recipe, prepared: Prepared, machine: Mapping[str, Any], started: float, folder: Path
-    ) -> None:
-        """Nothing is started yet. `folder`: for scratch files."""
+        self, address: str, recipe: Recipe, prepared: Prepared, machine: Mapping[str, Any], started: float, folder: Path,
+        charged: Callable[[float], None] = lambda cpu_s: None,
+    ) -> None:  # fmt: skip
+        """Nothing is started yet. `folder`: for scratch files; `charged` is told the CPU seconds that workers took."""
         self.address, self.recipe, self.prepared, self.started = address, recipe, prepared, started
         self.facts = {**facts(), "machine": dict(machine)}
         self.store = open_shared_steps(folder)
         self.slots: list[_Slot] = []
         self._lost: Counter[int] = Counter()
         self._ours = False
-        self._cpu_s = 0.0
+        self.charged = charged
         self._notes: list[str] = []
 
     def over(self, trials: Trials, notes: list[str]) -> Evaluate:
@@ -202,6 +204,7 @@ class Cluster:
             slot, trial = running.pop(done[0])
             answer = self._answer(slot, done[0])
             if "outcome" in answer:
+                self.charged(answer["cpu_s"] - slot.cpu_s)
                 slot.losses, slot.cpu_s = 0, answer["cpu_s"]
                 self._fetch(slot, answer["files"])
                 yield trial, Outcome.from_json(answer["outcome"])
@@ -233,10 +236,6 @@ class Cluster:
         if self._ours:
             ray.shutdown()
             self._ours = False
-        if self._cpu_s:
-            self._notes.append(
-                f"what the workers took, {self._cpu_s:.0f} CPU seconds or more, is not part of what this run cost"
-            )
 
     # Trials -----------------------------------------------------------------------------------------------------------
 
@@ -383,7 +382,6 @@ class Cluster:
     def _end(self, slot: _Slot) -> None:
         import ray
 
-        self._cpu_s += slot.cpu_s
         slot.cpu_s = 0.0
         with contextlib.suppress(ray.exceptions.RayError, ValueError):
             ray.kill(slot.actor)

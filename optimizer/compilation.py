@@ -257,7 +257,7 @@ class Work:
     def spread_over(self, address: str) -> None:
         """Have the trials of a search made by the cluster at this address."""
         machine = self.place.machine()["fingerprint"]
-        self.cluster = Cluster(address, self.recipe, self.prepared, machine, self.started, self.folder)
+        self.cluster = Cluster(address, self.recipe, self.prepared, machine, self.started, self.folder, self.charge.add)
         self.store = self.cluster.store
 
     def run(self, announce: Callable[[Plan], None]) -> Run:

@@ -1,7 +1,8 @@
 """What a run itself costs: seconds, CPU seconds of all its processes, joules, and after how many inferences it has paid back.
 
 Joules are those of this machine: its counter's, which counts what others do there as well, or modelled from CPU seconds.
-Another machine that measures (`--on`) and a GPU are not in them.
+Another machine that measures (`--on`) and a GPU are not in them. Workers of a cluster count by their CPU seconds; a counter sees
+those of this machine only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from perwatt.bench.modelled import Modelled
 from perwatt.bench.rapl import Rapl
 from perwatt.contract import Meter
 from perwatt.measurement import Window
+
+RAY = ("raylet", "gcs_server")
+"""Names of the processes that Ray starts; all others of it are theirs."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,19 @@ class Charge:
         if self.meter is not counter:
             counter.close()
         self._begun, self._cpu_s = time.perf_counter(), tree_cpu_s()
+        self._workers_s = 0.0
         self._read: tuple[float, float] = (0.0, 0.0)
         self._energy_j: float | None = 0.0
         self.meter.start()
 
+    def add(self, cpu_s: float) -> None:
+        """CPU seconds of a worker that Ray looks after, here or on another machine."""
+        self._workers_s += cpu_s
+
     def total(self, original: dict[str, Any], shipped: dict[str, Any]) -> RunCost:
         """What was used so far. `original` and `shipped`: figures of one inference: cpu_s_per_inference, and
         energy_j_per_inference labelled {value, method}."""
-        seconds, cpu_s = time.perf_counter() - self._begun, tree_cpu_s() - self._cpu_s
+        seconds, cpu_s = time.perf_counter() - self._begun, tree_cpu_s() - self._cpu_s + self._workers_s
         energy_j = self._joules(seconds, cpu_s)
         method = self.meter.method if energy_j is not None else "unavailable"
         boundary = self.meter.boundary if energy_j is not None else None
@@ -86,7 +95,8 @@ def _paid_back(
 
 
 def tree_cpu_s() -> float:
-    """User + system seconds of this process, of its children that are over, and of those that run."""
+    """User + system seconds of this process, of its children that are over, and of those that run; without those that Ray looks
+    after, whose time is lost when it kills one: they tell it themselves."""
     own, over = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     total = own.ru_utime + own.ru_stime + over.ru_utime + over.ru_stime
     return total + _running_cpu_s()
@@ -95,9 +105,13 @@ def tree_cpu_s() -> float:
 def _running_cpu_s() -> float:
     import psutil
 
-    total = 0.0
-    for child in psutil.Process(os.getpid()).children(recursive=True):
+    total, left_out = 0.0, set[int]()
+    # Parents before their children.
+    for child in sorted(psutil.Process(os.getpid()).children(recursive=True), key=lambda child: child.create_time()):
         try:
+            if child.ppid() in left_out or child.name() in RAY:
+                left_out.add(child.pid)
+                continue
             times = child.cpu_times()
         except psutil.Error:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,10 +59,36 @@ def test_what_saves_nothing_is_never_won_back() -> None:
     assert found.pays_back_after is None and found.pays_back_in is None
 
 
+def test_what_workers_took_is_charged() -> None:
+    charge = charged(Scripted([100.0], method="modelled"))
+    for _ in range(2):
+        charge.add(1e6)
+    found = charge.total(figures(2.0, None), figures(1.0, None))
+    assert found.cpu_s >= 2e6 and found.pays_back_after == pytest.approx(found.cpu_s, abs=1)
+
+
+BURN = (
+    "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\nprint(1, flush=True)\ninput()"
+)
+
+
+def test_what_ray_looks_after_tells_its_own_time(tmp_path: Path) -> None:
+    before = tree_cpu_s()
+    (tmp_path / "raylet").symlink_to("/bin/bash")
+    # One named as Ray's is, and a child of it.
+    line = [str(tmp_path / "raylet"), "-c", f"{sys.executable} -c '{BURN}'; true"]
+    child = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert tree_cpu_s() - before < 0.3
+    finally:
+        child.communicate(b"\n")
+
+
 def test_cpu_seconds_are_those_of_running_children_too() -> None:
     before = tree_cpu_s()
-    burn = "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\nprint(1, flush=True)\ninput()"
-    child = subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
         child.stdout.readline()
