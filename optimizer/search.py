@@ -152,7 +152,7 @@ class Search:
 
     def _in_turn(self, seen: Seen, number: int) -> Iterator[tuple[Values, str]]:
         first, others = self._alone()
-        for several in (first, [values for values in others if seen.elsewhere(values)]):
+        for several in (first, list(self._elsewhere(others, seen))):
             alone = [values for values in several if _key(values) not in seen.known]
             if alone:
                 yield from ((values, ALONE) for values in alone)
@@ -167,6 +167,23 @@ class Search:
         yield from sorted(proposed, key=lambda one: seen.promise(one[0]))
         yield from self._sampled(seen, number)
 
+    def _elsewhere(self, others: Sequence[Values], seen: Seen) -> Iterator[Values]:
+        """Of the alternatives on each other backend the one that is best here; the next where that came near, and so on."""
+
+        def told(values: Values) -> float:
+            found = seen.known.get(_key(values))
+            return math.inf if found is None else found.cost
+
+        for backend in dict.fromkeys(values[BACKEND] for values in others):
+            there = sorted(
+                (values for values in others if values[BACKEND] == backend and seen.elsewhere(values)),
+                key=lambda values: told(self.space.at_home({**values, BACKEND: 0})),
+            )
+            for values in there:
+                yield values
+                if not told(values) < FORESEEN * seen.least:
+                    break
+
     def _taught(self, seen: Seen) -> Iterator[dict[str, int]]:
         """What was only tried untaught, would be cheaper than the best, and should lose little enough once taught: taught, and
         with still more taken away. Where there is none, that which should lose least."""
@@ -174,13 +191,13 @@ class Search:
             return
         untaught = [
             trial for trial in seen.before
-            if trial.outcome is not None and trial.outcome.cost < seen.least and self.space.removes(trial.values)
+            if trial.outcome is not None and seen.cost(trial) < seen.least and self.space.removes(trial.values)
             and self.space.untaught(trial.values) == dict(trial.values) and set(trial.outcome.missed) <= {"accuracy"}
         ]  # fmt: skip
         most = len(ROUNDS)
         hopeful = [trial for trial in untaught if seen.loses(self._learning(trial, most)) <= SLACK]
         least = min(untaught, key=lambda trial: seen.loses(self._learning(trial, most)), default=None)
-        for trial in sorted(hopeful or ([least] if least is not None else []), key=_cost):
+        for trial in sorted(hopeful or ([least] if least is not None else []), key=seen.cost):
             yield from (values for values in self._around(trial, seen) if self._takes_more(values, trial.values))
             yield from (self._learning(trial, rounds) for rounds in range(1, most + 1))
 
@@ -302,7 +319,9 @@ class Search:
     def _hopeless(self, values: Values, seen: Seen) -> bool:
         """Whether a choice that takes away less, and is the same otherwise, lost far too much; or something in it does nothing on
         this backend."""
-        if self._idle(values, seen) or self._removes_nothing(values, seen) or self._tunes_what_is_untaught(values):
+        if self._idle(values, seen) or self._removes_nothing(values, seen):
+            return True
+        if self._tunes_what_is_untaught(values) or self._was_taught_enough(values, seen):
             return True
         return any(seen.far(trial) and self.space.lighter(values, trial.values) for trial in seen.before)
 
@@ -310,6 +329,20 @@ class Search:
         """Whether rounding is taught where what was removed is not: that is minutes for the smaller part."""
         tuned = self.space.tuning is not None and values[self.space.tuning.name]
         return bool(tuned) and self.space.mending is not None and self.space.removes(values) and not values[LEARN]
+
+    def _was_taught_enough(self, values: Values, seen: Seen) -> bool:
+        """Whether the same choice that learns less is permitted, as values of weights cost no time; or has learnt nothing."""
+        for name in (LEARN, *([self.space.tuning.name] if self.space.tuning is not None else [])):
+            fewer = [
+                seen.known.get(_key(self.space.canonical({**values, name: rounds})))
+                for rounds in reversed(range(values.get(name, 0)))
+            ]
+            if fewer and fewer[0] is not None and fewer[0].permitted:
+                return True
+            # Where a round brought nothing, the next one will not.
+            if len(fewer) > 1 and fewer[0] is not None and fewer[1] is not None and _same_graph(fewer[0], fewer[1]):
+                return True
+        return False
 
     def _removes_nothing(self, values: Values, seen: Seen) -> bool:
         """Whether a removal in it was tried on this backend, and left the graph as it was."""
@@ -392,6 +425,12 @@ class Seen:
                 drop *= self.teaching.left(len(ROUNDS))
         return 0.0 if drop is None or self.most is None else drop / self.most
 
+    def cost(self, trial: Trial) -> float:
+        """Of a trial, with what is chance taken out."""
+        expected = self.model.predict(trial.values)
+        measured = trial.outcome is not None and math.isfinite(trial.outcome.cost)
+        return expected.cost if expected is not None and measured else math.inf
+
     def far(self, trial: Trial) -> bool:
         """Whether a trial lost so much too much that taking more away is hopeless."""
         if trial.outcome is None or "accuracy" not in trial.outcome.missed:
@@ -411,7 +450,8 @@ class Seen:
         untaught = self.known.get(_key(self.space.untaught(values)))
         if untaught is not None and values.get(LEARN, 0) and math.isfinite(untaught.cost):
             # Values of weights cost no time.
-            return untaught.cost
+            before = self.model.predict(self.space.untaught(values))
+            return untaught.cost if before is None else before.cost
         estimate = self.estimate(values) if expected.new else None
         return expected.cost if estimate is None else estimate
 

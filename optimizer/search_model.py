@@ -19,6 +19,8 @@ from perwatt.choices import LEARN, Space, Values
 from perwatt.search_log import Outcome, Trial
 from perwatt.signature import Array
 
+CHANCE = 0.05
+"""By which share the cost of a graph differs from one short measurement to the next, beside others on a shared machine."""
 RIDGE = 1e-3
 """Of what was never tried, or only together with something else, as little as possible is believed."""
 
@@ -59,10 +61,18 @@ class Model:
         nearest = int(apart.argmin())
         outcome, step = self.known[nearest].outcome, ours - self._features[nearest]
         assert outcome is not None and self._cost is not None
-        cost = outcome.cost * math.exp(float(step @ self._cost))
+        cost = self.smoothed(self.known[nearest]) * math.exp(float(step @ self._cost))
         drop = None if outcome.drop is None or self._drop is None else outcome.drop + float(step @ self._drop)
         new = bool(np.any((ours != 0) & ~np.any(self._features != 0, axis=0)))
         return Prediction(cost, drop, new)
+
+    def smoothed(self, trial: Trial) -> float:
+        """The cost of a trial that it was fitted to; as much of its distance from the sum as measurements of the same graph are
+        apart is taken for chance."""
+        assert trial.outcome is not None and self._cost is not None
+        summed = float(self._of(trial.values) @ self._cost)
+        apart = math.log(max(trial.outcome.cost, 1e-9)) - summed
+        return math.exp(summed + math.copysign(max(0.0, abs(apart) - CHANCE), apart))
 
     def _fitted(self, figure: Callable[[Outcome], float | None]) -> Array | None:
         told = [(i, value) for i, t in enumerate(self.known) if t.outcome and (value := figure(t.outcome)) is not None]
