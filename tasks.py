@@ -74,9 +74,14 @@ def example() -> None:
         "--out", "example/model-cpu")  # fmt: skip
 
 
+def pytest(*files: str, **environment: str) -> None:
+    """Several files at a time, one thread for each; what else was said on the command line goes with it."""
+    run(PYTHON, "-m", "pytest", *AT_ONCE, *files, *sys.argv[2:], OMP_NUM_THREADS="1", **environment)
+
+
 def test() -> None:
-    """The tests, on the working tree: several files at a time, one thread for each."""
-    run(PYTHON, "-m", "pytest", *AT_ONCE, *sys.argv[2:], OMP_NUM_THREADS="1")
+    """The tests, on the working tree."""
+    pytest()
 
 
 def links() -> None:
@@ -113,7 +118,7 @@ def wheel() -> None:
     run(PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built)
     where = f"import perwatt, sys; sys.exit(not perwatt.__file__.startswith({str(site)!r}))"
     run(PYTHON, "-c", where, PYTHONPATH=str(site))
-    run(PYTHON, "-m", "pytest", *AT_ONCE, *WHEEL_TESTS, *sys.argv[2:], PYTHONPATH=str(site), OMP_NUM_THREADS="1")
+    pytest(*WHEEL_TESTS, PYTHONPATH=str(site))
 
 
 TASKS = {"example": example, "test": test, "check": check, "links": links}

@@ -256,8 +256,7 @@ def _ordered(classes: dict[str, type[Pass]]) -> list[str]:
 
 def imports(steps: Sequence[PassStep | OneOf]) -> list[str]:
     """Packages that take seconds to import and that these passes may run, each once."""
-    plain = [one for step in steps for one in (step.steps if isinstance(step, OneOf) else [step])]
-    return list(dict.fromkeys(package for one in plain for package in pass_class(one.name).imports))
+    return list(dict.fromkeys(package for name in names_in(steps) for package in pass_class(name).imports))
 
 
 LOSSLESS = "lossless"

@@ -381,6 +381,8 @@ class Seen:
         self.known = {_key(trial.values): trial.outcome for trial in before if trial.outcome is not None}
         self.least = _least(search.best(before))
         self.model = Model(self.space, before)
+        self.costs = {_key(trial.values): self.model.smoothed(trial) for trial in self.model.known}
+        """Of what was measured, with what is chance taken out."""
         self.teaching = Teaching(self.space, before, self.most or 0.1)
 
     def step_by_step(self, values: Values) -> dict[str, int]:
@@ -426,10 +428,8 @@ class Seen:
         return 0.0 if drop is None or self.most is None else drop / self.most
 
     def cost(self, trial: Trial) -> float:
-        """Of a trial, with what is chance taken out."""
-        expected = self.model.predict(trial.values)
-        measured = trial.outcome is not None and math.isfinite(trial.outcome.cost)
-        return expected.cost if expected is not None and measured else math.inf
+        """Of a trial, with what is chance taken out; infinite where it was not measured."""
+        return self.costs.get(_key(trial.values), math.inf)
 
     def far(self, trial: Trial) -> bool:
         """Whether a trial lost so much too much that taking more away is hopeless."""
@@ -447,11 +447,10 @@ class Seen:
         return bool(values.get(LEARN, 0)) and not any(trial.values.get(LEARN, 0) for trial in self.before)
 
     def _cost(self, values: Values, expected: Prediction) -> float:
-        untaught = self.known.get(_key(self.space.untaught(values)))
-        if untaught is not None and values.get(LEARN, 0) and math.isfinite(untaught.cost):
+        untaught = self.costs.get(_key(self.space.untaught(values)))
+        if untaught is not None and values.get(LEARN, 0):
             # Values of weights cost no time.
-            before = self.model.predict(self.space.untaught(values))
-            return untaught.cost if before is None else before.cost
+            return untaught
         estimate = self.estimate(values) if expected.new else None
         return expected.cost if estimate is None else estimate
 

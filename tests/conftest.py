@@ -15,14 +15,7 @@ sys.path.insert(0, str(TESTS))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
 # The same examples in every run, and no clock: a slow machine is no failure.
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first: what is begun last is what a run waits for in the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 settings.register_profile("perwatt", deadline=None, derandomize=True, max_examples=15, database=None)
 settings.load_profile("perwatt")
 
@@ -31,8 +24,14 @@ def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew from what comes out now")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: what is begun last is what a run waits for in the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def test_run(tmp_path_factory):
+def run_folder(tmp_path_factory):
     """The folder of this test run, for all of its processes: PERWATT_TEST_RUN."""
     folder = tmp_path_factory.getbasetemp()
     os.environ["PERWATT_TEST_RUN"] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
