@@ -15,7 +15,7 @@ from typing import Any
 from perwatt import registry
 from perwatt.accounting_sides import Graph
 from perwatt.artifact import Artifact, graphs_of
-from perwatt.candidates import Branch, Candidate
+from perwatt.candidates import Branch, Candidate, fitted
 from perwatt.pipeline import OUT_OF_TIME, Pipeline, Row
 from perwatt.recipe import PassStep
 
@@ -176,7 +176,8 @@ class Ways:
 
     def _graph(self, label: str, artifact: Artifact, judged: bool = True) -> Graph:
         """A graph as the winner runs."""
-        return Graph(label, Candidate(Branch(artifact), self.candidate.point, self.candidate.backend), judged)
+        point = fitted(self.candidate.point, artifact)
+        return Graph(label, Candidate(Branch(artifact), point, self.candidate.backend), judged)
 
 
 def did(row: Row) -> bool:

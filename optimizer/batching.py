@@ -22,18 +22,24 @@ ALIKE = 1e-4
 
 def free_batch(artifact: Artifact, model: Any) -> None:
     """Where a Reshape of `model`, an edit of the artifact's, writes down the batch, or what it was merged with, the size comes
-    from its input; in place. Nothing to do where the batch is free already."""
+    from its input; in place. Sizes that were noted on values inside are forgotten. Nothing to do where the batch is free
+    already."""
     import onnx_ir as ir
 
     batch = artifact.signature.batch
     if not isinstance(batch, int):
         return
     facts = analyse(artifact, model)
-    given: set[Any] = set(model.graph.inputs)
+    name = "batch" if "batch" not in artifact.signature.other_dynamic else "items"
+    fed = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    given: set[Any] = set(fed)
     for node in model.graph:
         if not any(value in given for value in node.inputs if value is not None):
             continue
         given.update(node.outputs)
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
         if node.op_type != "Reshape" or node.domain or not is_stored(node.inputs[1]):
             continue
         shape = stored(node.inputs[1]).astype(np.int64).reshape(-1).copy()
@@ -46,14 +52,14 @@ def free_batch(artifact: Artifact, model: Any) -> None:
             shape[0] = -1
         else:
             continue
-        name = f"{node.inputs[1].name}/{node.outputs[0].name}/any_batch"
-        value = ir.Value(name=name, const_value=ir.Tensor(shape, name=name))
+        stored_as = f"{node.inputs[1].name}/{node.outputs[0].name}/any_batch"
+        value = ir.Value(name=stored_as, const_value=ir.Tensor(shape, name=stored_as))
         value.dtype, value.shape = ir.DataType.INT64, ir.Shape(shape.shape)
         model.graph.register_initializer(value)
         node.replace_input_with(1, value)
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    for value in (*fed, *model.graph.outputs):
         if value.shape is not None and len(value.shape) and value.shape[0] == batch:
-            value.shape = ir.Shape([None, *list(value.shape)[1:]])
+            value.shape = ir.Shape([name, *list(value.shape)[1:]])
 
 
 def apart(run: Callable[[Batch], Batch], one: Batch, other: Batch) -> bool:

@@ -67,6 +67,12 @@ def _with_settings(row: Row) -> str:
     return f"{row.name} ({', '.join(other)})" if other else row.name
 
 
+def fitted(point: OperatingPoint, artifact: Artifact) -> OperatingPoint:
+    """The point with the batch that the model fixes; one where it has no batch axis."""
+    batch = artifact.signature.batch
+    return point if isinstance(batch, str) else replace(point, batch=batch or 1)
+
+
 def explore(pipeline: Pipeline, source: Artifact, steps: Sequence[PassStep | OneOf]) -> list[Branch]:
     """All graphs worth considering: the lossless prefix, and every lossy branch of it. A lossy pass never replaces the
     graph that it started from, but for one that mends what others lost."""

@@ -177,6 +177,10 @@ class Space:
             for times in ROUNDS[: values.get(LEARN, 0)]:
                 yield _with_minutes(self.mending, None if minutes is None else round(minutes * times, 3))
 
+    def ordered(self, name: str) -> bool:
+        """Whether a decision is how much is taken away."""
+        return any(decision.name == name and decision.kind == "ordered" for decision in self.decisions)
+
     def removes(self, values: Values) -> bool:
         """Whether a choice takes something away."""
         return any(values[one.step.name] for one in self.removals)

@@ -21,7 +21,7 @@ from perwatt.artifact import Artifact
 from perwatt.backends import Backend
 from perwatt.bench.power_control import PowerControl
 from perwatt.bundle import Bundle, cache_folder, check_destination, no_room
-from perwatt.candidates import Branch, Candidate, explore
+from perwatt.candidates import Branch, Candidate, explore, fitted
 from perwatt.cluster import Cluster
 from perwatt.contract import Loss, NodeCost, OperatingPoint
 from perwatt.errors import InputError
@@ -177,10 +177,10 @@ def open_work(
         yield Work(recipe, steps, prepared, Path(scratch), checks, place, charge, progress, started, out, cleanup)
 
 
-def _fixed_batch_words(recipe: Recipe, source: Artifact) -> list[str]:
-    """That no batch is searched for a model that fixes it."""
-    batch = source.signature.batch
-    if recipe.target.scenario != "offline" or isinstance(batch, str):
+def _fixed_batch_words(recipe: Recipe, tried: Sequence[Artifact]) -> list[str]:
+    """That no batch was searched, where all graphs that were tried fix it as the model does, which is the first."""
+    batch = tried[0].signature.batch
+    if recipe.target.scenario != "offline" or any(isinstance(one.signature.batch, str) for one in tried):
         return []
     fixed = "has no batch axis" if batch is None else f"fixes its batch at {batch}"
     return [f"the model {fixed}, so no other number of items in a call is tried: export it with a dynamic batch axis"]
@@ -299,9 +299,7 @@ class Work:
         self.cleanup.callback(meter.close)
         counted = meter.method in ("counter", "metered") and meter.boundary in ("device", "wall")
         prepared.backends = [replace(b, joules_count=device == "gpu" and counted) for b in prepared.backends]
-        prepared.notes.extend(
-            [*notes, *_fixed_batch_words(recipe, prepared.source), *_unjudged_words(recipe, prepared)]
-        )
+        prepared.notes.extend([*notes, *_unjudged_words(recipe, prepared)])
         conductor = Conductor(meter, seed=recipe.seed, device=device)
         conductor.power = _power_control(recipe, device, prepared.notes, self.cleanup)
         return conductor
@@ -320,7 +318,7 @@ class Work:
             self.judge,
             Screening(self.setup, self.judge, prepared.source, self.point(), prepared.backends),
             branches,
-            plan=tune_plan(recipe, prepared.source, self.place),
+            plan=tune_plan(recipe, self.place),
             eager=prepared.eager,
             effort=_effort(recipe, self.started),
             deadline=deadline,
@@ -347,7 +345,7 @@ class Work:
 
     def point(self) -> OperatingPoint:
         """How everything is run until it is tuned."""
-        return _fitted(operating_point(self.recipe), self.prepared.source)
+        return operating_point(self.recipe)
 
     def pipeline_for(self, backend: Backend) -> Pipeline:
         """The passes for a backend, which they may ask."""
@@ -365,7 +363,8 @@ class Work:
         return self.pipeline.for_target(backend.capabilities, backend.name, asked)
 
     def _told(self, result: Result) -> Run:
-        result.notes = [*self.prepared.notes, *result.notes]
+        tried = [self.prepared.source, *(one.branch.artifact for one in result.candidates)]
+        result.notes = [*self.prepared.notes, *_fixed_batch_words(self.recipe, tried), *result.notes]
         return Run(
             self.recipe, self.steps, self.folder, self.started, self.prepared, [self.first, *result.rows], result,
             self.conductor.meter.describe(), self.place.machine(), self.place.words, self.charge,
@@ -378,21 +377,16 @@ def _write_bundle(run: Run, out: Path) -> Bundle:
     return write_bundle(run, out)
 
 
-def _fitted(point: OperatingPoint, source: Artifact) -> OperatingPoint:
-    """The point with the batch that the model fixes; one where it has no batch axis."""
-    batch = source.signature.batch
-    return point if isinstance(batch, str) else replace(point, batch=batch or 1)
-
-
-def tune_plan(recipe: Recipe, source: Artifact, place: Place) -> TunePlan | None:
+def tune_plan(recipe: Recipe, place: Place) -> TunePlan | None:
     """What the search for an operating point may vary, and for how long; None where the recipe wants none."""
     if not recipe.target.tune:
         return None
     fixed = {name for name in ("batch", "threads") if getattr(recipe.target, name) is not None}
+    if recipe.target.scenario == "single-stream":
+        fixed.add("batch")
     budget = recipe.budget
     return TunePlan(
         fixed=frozenset(fixed),
-        fixed_batch=not isinstance(source.signature.batch, str) or recipe.target.scenario == "single-stream",
         max_s=TUNING_S if budget.time is None else TUNING_SHARE * budget.time,
         limited=budget.time is not None,
         memory_bytes=budget.memory,
@@ -428,7 +422,7 @@ def measure_graphs(recipe: Recipe, backend: Backend, artifacts: Sequence[Artifac
     sides: list[Side] = []
     try:
         for number, artifact in enumerate(artifacts):
-            candidate = Candidate(Branch(artifact), _fitted(operating_point(recipe), artifact), backend)
+            candidate = Candidate(Branch(artifact), fitted(operating_point(recipe), artifact), backend)
             sides.append(setup.open(f"graph {number}", candidate))
         effort = replace(SCREENING, max_s=GRAPH_S * len(sides), tight=0.0)
         interleave(sides, setup.timing, effort)
@@ -442,7 +436,7 @@ def judge_graph(recipe: Recipe, backend: Backend, artifact: Artifact, setup: Set
     """What the artifact loses on `backend`, on the select samples; None where there are none."""
     if judge.select is None:
         return None
-    point = _fitted(operating_point(recipe), artifact)
+    point = fitted(operating_point(recipe), artifact)
     side = setup.open("graph to judge", Candidate(Branch(artifact), point, backend))
     try:
         found = judge.drop_on_select(side)
@@ -453,7 +447,7 @@ def judge_graph(recipe: Recipe, backend: Backend, artifact: Artifact, setup: Set
 
 def profile_graph(recipe: Recipe, backend: Backend, artifact: Artifact, setup: Setup) -> list[NodeCost]:
     """What each operation of the artifact costs on `backend` at the recipe's operating point."""
-    point = _fitted(operating_point(recipe), artifact)
+    point = fitted(operating_point(recipe), artifact)
     with setup.worker("profile") as worker:
         told = worker.call(
             "profile", target=backend.name, model=str(artifact.file(setup.folder)), point=point.to_json(),

@@ -18,6 +18,7 @@ State is written aside every half minute; the same call goes on where one was ki
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -31,17 +32,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from perwatt.artifact import Artifact, Step
 from perwatt.batching import apart
 from perwatt.data import Samples
-from perwatt.distillation_inputs import UNLABELLED, Drawn, augmentation
+from perwatt.distillation_answers import Answers, error, spread
+from perwatt.distillation_inputs import Drawn, augmentation
 from perwatt.distillation_norms import fold_norms, put_norms, reestimate, with_biases
 from perwatt.distillation_stream import hints, with_outputs
+from perwatt.distillation_weights import learnt_names
 from perwatt.errors import BackendError
 from perwatt.interpreter import Interpreter, Unsupported
+from perwatt.interpreter_values import from_numpy
+from perwatt.signature import rows
 
 CHECKPOINT_S = 30.0
 KEPT = "but what was learnt is kept: the same command goes on with it"
@@ -51,12 +55,20 @@ WARM = 0.1
 """Share of the steps in which the learning rate rises."""
 MASKED = 0.25
 """A weight with more zeros than that is sparse, and stays so."""
-LEAST_SHARE = 1e-7
-"""What a softmax in float32 makes of what it makes next to nothing of."""
-WIDE = 8.0
-"""Standard deviation of the scores of a row that the temperature is meant for, at most."""
+SPARSE = ("prune-weights", "prune-n-of-m")
+"""Passes whose zeros stay, however few they are."""
+STATE = ("kept", "done", "spent", "first", "best", "best_step", "judged", "agreed", "agrees")
+"""What is kept beside network, optimizer and the state of the generators."""
 TOKENS = ("Attention", "LayerNormalization", "RMSNormalization")
 """What tells a transformer, as a Softmax does that does not end the network."""
+JUDGED_ON, JUDGED_BYTES = 1024, 256 << 20
+"""Samples to select by, at most, and what the teacher's answers to them may take."""
+MEASURED_ON = 1024
+"""Samples that statistics of normalizations are found on."""
+ASTRAY = 3
+"""Steps in a row without a finite loss after which it begins again at the best weights, at half the rate."""
+FORGOTTEN_S = 14 * 86400
+"""What was half learnt so long ago nobody goes on with."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,7 @@ class _Work:
     """Two networks, and how far the one has come."""
 
     def __init__(self, student: Artifact, teacher: Artifact, samples: Samples, select: Samples, plan: Plan) -> None:
+        self.entered = time.monotonic()
         self.plan, self.source = plan, student
         self.student = with_biases(student) if plan.norms else student
         self.answers, self.hints = (
@@ -119,31 +132,37 @@ class _Work:
         self.network = self._module(with_outputs(self.student, self.hints))
         self.teacher = self._module(with_outputs(teacher, self.hints)).eval()
         _check_batches(student, self.teacher, select)
-        self.samples, self.select = samples, select
+        self.samples = samples
         self.generator = np.random.default_rng(plan.seed)
         self.augment, self.notes = augmentation(plan.augment, plan.mix, self.teacher, samples)
         self.half = _bfloat16_pays()
+        learnt = learnt_names(self.student.model)
         self.weights = {
             name: weight
             for name, weight in self.network.weights.items()
-            if weight.is_floating_point() and weight.numel() > 1
+            if name in learnt and weight.dtype == torch.float32 and weight.numel() > 1
         }
         if not self.weights:
-            raise BackendError("the network has no weights to learn")
+            raise BackendError("the network has no weights to learn in float32")
         for weight in self.weights.values():
             weight.requires_grad_(True)
+        masked = 0.0 if any(step.name in SPARSE for step in student.steps) else MASKED
         self.masks = {
             name: weight != 0
             for name, weight in self.weights.items()
-            if weight.ndim > 1 and float((weight == 0).float().mean()) > MASKED
+            if weight.ndim > 1 and float((weight == 0).float().mean()) > masked
         }
         self.transformer = _is_transformer(student)
-        self.norms = [] if self.transformer or not plan.norms else put_norms(self.network, self._some())
+        self.norms = [] if self.transformer or not plan.norms else put_norms(self.network, self._some(), self.answers)
         self.optimizer = self._optimizer()
-        self.targets = [self._run(self.teacher, batch) for batch in select.batches(plan.batch)]
-        self.shares = _are_shares(self.targets)
-        self.heat = plan.temperature * (1.0 if self.shares else _too_wide(self.targets))
+        self.select = self._few(select)
+        self.targets = [self._run(self.teacher, batch) for batch in self.select.batches(plan.batch)]
+        self.outcome = Answers(
+            [one.name for one in student.signature.outputs], self.targets, plan.temperature, plan.labels
+        )
+        self.spreads = self._spreads()
         self.done, self.spent = 0, 0.0
+        self.astray, self.slower = 0, 1.0
         self.stream = self._stream()
         self.best_step, self.kept = 0, self._state()
         self.last_kept, self.loss = time.monotonic(), math.nan
@@ -151,6 +170,8 @@ class _Work:
 
     def _first_judged(self) -> None:
         self.first, self.agreed = self.on_select()
+        if not math.isfinite(self.first):
+            raise BackendError("it answers with NaN or infinity as it is, from which nothing can be learnt")
         self.best, self.agrees = self.first, self.agreed
 
     # Learning ---------------------------------------------------------------------------------------------------------
@@ -159,73 +180,95 @@ class _Work:
         """Learn until time or steps are used up. What is learnt is kept in `folder` where that is cut short, and gone on
         with."""
         path = None if folder is None else folder / f"{self.digest()}.pt"
+        # What comes before the first step takes its share of the time, too.
+        self.spent += time.monotonic() - self.entered
         self.resume(path)
         try:
             while not self.over():
                 self.learn()
-                if self.due():
+                if self.due() and not self.over():
                     self.judge()
                     progress(self.words())
                 if time.monotonic() - self.last_kept > CHECKPOINT_S:
                     self.keep(path)
+            self.judge()
         except KeyboardInterrupt:
             self.keep(path)
             raise KeyboardInterrupt(f"{KEPT} ({self.done} steps)" if path is not None else "") from None
         except SystemExit:
             self.keep(path)
             raise
-        self.judge()
+        progress(self.words())
         made = self.finished(step)
         if path is not None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            _sweep(path.parent)
         return made
 
     def learn(self) -> None:
         """One step."""
         start = time.monotonic()
-        feeds, labels = next(self.stream)
+        # Items of a shape that is rare are few: they are learnt from together with others.
+        calls, items = list[Any](), 0
+        while items < self.plan.batch:
+            calls.append(next(self.stream))
+            items += calls[-1][2]
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        with torch.no_grad():
-            wanted = self._outputs(self.teacher, feeds)
         self.network.train()
-        loss = self._loss(self._outputs(self.network, feeds), wanted, labels)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([w for group in self.optimizer.param_groups for w in group["params"]], 5.0)
-        self.optimizer.step()
+        self.loss = 0.0
+        for feeds, labels, count in calls:
+            with torch.no_grad():
+                wanted = self._outputs(self.teacher, feeds)
+            loss = self._loss(self._outputs(self.network, feeds), wanted, labels) * (count / items)
+            loss.backward()
+            self.loss += float(loss.detach())
+        moved = [w for group in self.optimizer.param_groups for w in group["params"]]
+        length = float(nn.utils.clip_grad_norm_(moved, 5.0))
+        if math.isfinite(self.loss) and math.isfinite(length):
+            self.astray = 0
+            self.optimizer.step()
+        else:
+            self._went_astray()
         with torch.no_grad():
             for name, mask in self.masks.items():
                 self.weights[name].mul_(mask)
-        self.loss, self.done = float(loss.detach()), self.done + 1
+        self.done += 1
         self.spent += time.monotonic() - start
+
+    def _went_astray(self) -> None:
+        """No step without a finite loss; after several, back to the best weights, at half the rate."""
+        self.astray += 1
+        if self.astray == ASTRAY:
+            self.astray, self.slower = 0, self.slower / 2
+            self._load(self.kept)
+            self.optimizer = self._optimizer()
 
     def judge(self) -> None:
         """Keep these weights where they are the best so far."""
         start = time.monotonic()
         if self.norms and self.over():
-            reestimate(self.network, self.norms, self._clean())
+            reestimate(self.network, self.norms, self._some())
         loss, agrees = self.on_select()
         if loss < self.best:
             self.best, self.agrees, self.best_step, self.kept = loss, agrees, self.done, self._state()
         self.spent += time.monotonic() - start
 
     def on_select(self) -> tuple[float, float | None]:
-        """Loss against the teacher, without labels, and the share of items that both answer alike; None where the first answer
-        is no row of scores for each."""
+        """Loss against the teacher, without labels, and the share of items that both answer alike; None where answers are no
+        scores."""
         self.network.eval()
-        total = count = same = 0.0
-        scores = True
+        total, same = 0.0, 0
         with torch.no_grad():
             for batch, wanted in zip(self.select.batches(self.plan.batch), self.targets, strict=True):
                 found = self._run(self.network, batch)
-                items = len(next(iter(batch.values())))
-                total += float(self._distance(found, wanted, None)) * items
-                count += items
-                scores = scores and wanted[0].ndim == 2 and wanted[0].shape[1] > 1
-                same += float((found[0].argmax(1) == wanted[0].argmax(1)).sum()) if scores else 0.0
-        return total / count, same / count if scores else None
+                total += float(self.outcome.distance(found, wanted)) * rows(batch)
+                same += self.outcome.alike(found, wanted)
+        count = len(self.select)
+        return total / count, None if self.outcome.scores is None else same / count
 
     def over(self) -> bool:
         """Whether time or steps are used up."""
@@ -287,34 +330,25 @@ class _Work:
 
     def _loss(self, found: Sequence[Any], wanted: Sequence[Any], labels: Any) -> Any:
         """Of the answers, and of what the two networks have in common on the way."""
-        loss = self._distance(found[: self.answers], wanted[: self.answers], labels)
+        loss = self.outcome.distance(found[: self.answers], wanted[: self.answers], labels)
         if not self.hints:
             return loss
-        pairs = zip(found[self.answers :], wanted[self.answers :], strict=True)
-        return loss + sum(_error(mine.float(), theirs.float()) for mine, theirs in pairs) / len(self.hints)
+        pairs = zip(found[self.answers :], wanted[self.answers :], self.spreads, strict=True)
+        return loss + sum(error(mine.float(), theirs.float(), far) for mine, theirs, far in pairs) / len(self.hints)
 
-    def _distance(self, found: Sequence[Any], wanted: Sequence[Any], labels: Any) -> Any:
-        total: Any = 0.0
-        count = 0
-        for mine, theirs in zip(found, wanted, strict=True):
-            if not theirs.is_floating_point():
-                continue
-            count += 1
-            mine, theirs = mine.float(), theirs.float()
-            if theirs.ndim == 2 and theirs.shape[1] > 1:
-                if self.shares:
-                    mine, theirs = _logarithm(mine), _logarithm(theirs)
-                total = total + self._divergence(mine, theirs)
-                if labels is not None and labels.dtype == torch.int64 and self.plan.labels:
-                    total = total + self.plan.labels * _cross_entropy(mine, labels)
-            else:
-                total = total + _error(mine, theirs)
-        return total / max(1, count)
+    def _few(self, select: Samples) -> Samples:
+        """Samples to judge by: not so many that judging takes longer than learning, or that answers fill the memory."""
+        one = next(select.batches(self.plan.batch))
+        size = sum(answer.nbytes for answer in self._run(self.teacher, one)) / rows(one)
+        return select.take(max(self.plan.batch, min(JUDGED_ON, int(JUDGED_BYTES / max(size, 1)))), self.plan.seed)
 
-    def _divergence(self, mine: Any, theirs: Any) -> Any:
-        wanted = F.log_softmax(theirs / self.heat, dim=1)
-        found = F.kl_div(F.log_softmax(mine / self.heat, dim=1), wanted, reduction="batchmean", log_target=True)
-        return found * self.plan.temperature**2
+    def _spreads(self) -> list[float]:
+        """By how much each value of the residual stream varies."""
+        if not self.hints:
+            return []
+        with torch.no_grad():
+            found = self._outputs(self.teacher, self._feeds(next(self.select.batches(self.plan.batch))))
+        return [spread([one.float()]) for one in found[self.answers :]]
 
     def _optimizer(self) -> Any:
         weights = {id(w): w for w in self.weights.values()}
@@ -332,29 +366,28 @@ class _Work:
 
     def _rate(self) -> float:
         usual = 5e-5 if self.transformer else 0.005 if self.norms else 0.002
-        peak = self.plan.learning_rate or usual
+        peak = (self.plan.learning_rate or usual) * self.slower
         share = self.share()
         if share < WARM:
             return peak * (0.1 + 0.9 * share / WARM)
         return peak * 0.5 * (1 + math.cos(math.pi * (share - WARM) / (1 - WARM)))
 
-    def _stream(self) -> Iterator[tuple[list[Any], Any]]:
+    def _stream(self) -> Iterator[tuple[list[Any], Any, int]]:
+        """What is fed, labels or None, and the number of items."""
         drawn = Drawn(self.samples, self.plan.batch, self.generator)
         while True:
             for batch, labels in drawn.epoch():
                 batch, labels = self.augment(batch, labels, self.generator)
-                yield self._feeds(batch), None if labels is None else torch.from_numpy(np.ascontiguousarray(labels))
-
-    def _clean(self) -> Iterator[list[Any]]:
-        for batch in self.samples.batches(256):
-            yield self._feeds(batch)
+                named = None if labels is None else torch.from_numpy(np.ascontiguousarray(labels))
+                yield self._feeds(batch), named, rows(batch)
 
     def _some(self) -> Iterator[list[Any]]:
-        for batch in self.samples.take(1024, self.plan.seed).batches(256):
+        """Samples as they are, for statistics."""
+        for batch in self.samples.take(MEASURED_ON, self.plan.seed).batches(self.plan.batch):
             yield self._feeds(batch)
 
     def _feeds(self, batch: Any) -> list[Any]:
-        found = [torch.from_numpy(np.array(batch[name])) for name in self.network.inputs]
+        found = [from_numpy(batch[name], torch.device("cpu")) for name in self.network.inputs]
         return [one.contiguous(memory_format=torch.channels_last) if one.ndim == 4 else one for one in found]
 
     def _run(self, network: Any, batch: Any) -> Any:
@@ -388,15 +421,21 @@ class _Work:
         self.network.load_state_dict(state)
 
     def keep(self, path: Path | None) -> None:
-        """Write the state down: aside, and renamed."""
+        """Write the state down. Where that can't be done, learning goes on without."""
         if path is None or not self.done:
             return
         self.last_kept = time.monotonic()
+        try:
+            self._write(path)
+        except OSError as error:
+            words = f"what is half learnt can't be kept: {path.parent}: {error.strerror}"
+            self.notes += [] if words in self.notes else [words]
+
+    def _write(self, path: Path) -> None:
+        """Aside, and renamed."""
         held = {
-            "network": self._state(), "optimizer": self.optimizer.state_dict(), "kept": self.kept, "done": self.done,
-            "spent": self.spent, "first": self.first, "best": self.best, "best_step": self.best_step, "judged": self.judged,
-            "agreed": self.agreed, "agrees": self.agrees,
-            "torch": torch.get_rng_state(), "numpy": json.dumps(self.generator.bit_generator.state),
+            "network": self._state(), "optimizer": self.optimizer.state_dict(), "torch": torch.get_rng_state(),
+            "numpy": json.dumps(self.generator.bit_generator.state), **{name: getattr(self, name) for name in STATE},
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -412,16 +451,22 @@ class _Work:
             return
         try:
             held = torch.load(path, weights_only=True)
+            known = {name: held[name] for name in STATE}
+            drawn = json.loads(held["numpy"])
             self._load(held["network"])
             self.optimizer.load_state_dict(held["optimizer"])
+            torch.set_rng_state(held["torch"])
+            self.generator.bit_generator.state = drawn
         except Exception:
+            self._load(self.kept)
+            self.optimizer = self._optimizer()
+            path.unlink(missing_ok=True)
             return
-        self.kept, self.done, self.spent = held["kept"], held["done"], held["spent"]
-        self.first, self.best, self.best_step = held["first"], held["best"], held["best_step"]
-        self.judged, self.agreed, self.agrees = held["judged"], held["agreed"], held["agrees"]
+        for name, value in known.items():
+            setattr(self, name, value)
+        # There may be more time now than there was then.
+        self.judged = min(self.judged, self.share())
         self.notes.append(f"went on at step {self.done}, where it had been stopped")
-        torch.set_rng_state(held["torch"])
-        self.generator.bit_generator.state = json.loads(held["numpy"])
 
 
 def _check_batches(student: Artifact, teacher: Any, select: Samples) -> None:
@@ -435,39 +480,29 @@ def _check_batches(student: Artifact, teacher: Any, select: Samples) -> None:
 
 
 def _is_transformer(artifact: Artifact) -> bool:
-    """Whether it learns as transformers do."""
+    """Whether it learns as transformers do: it has what they have, and most of its weights are not in convolutions."""
     inside = [
         node for node in artifact.model.graph if node.op_type == "Softmax" and not node.outputs[0].is_graph_output()
     ]
-    return bool(inside) or any(kind in TOKENS for kind in artifact.operator_counts())
+    if not inside and not any(kind in TOKENS for kind in artifact.operator_counts()):
+        return False
+    sizes = {
+        kinds: sum(
+            value.const_value.size
+            for node in artifact.model.graph if node.op_type in kinds
+            for value in node.inputs if value is not None and value.const_value is not None
+        )
+        for kinds in (("Conv",), ("MatMul", "Gemm"))
+    }  # fmt: skip
+    return sizes[("MatMul", "Gemm")] >= sizes[("Conv",)]
 
 
-def _are_shares(targets: Sequence[Sequence[Any]]) -> bool:
-    """Whether scores have been through a softmax: rows of what is not negative, and adds up to one."""
-    rows = [one[0].float() for one in targets if one[0].ndim == 2 and one[0].shape[1] > 1]
-    return bool(rows) and all(float(row.min()) >= 0 and bool((row.sum(1) - 1).abs().max() < 1e-3) for row in rows)
-
-
-def _logarithm(shares: Any) -> Any:
-    """The scores that a softmax made these shares of, but for a constant."""
-    return shares.clamp(min=LEAST_SHARE).log()
-
-
-def _too_wide(targets: Sequence[Sequence[Any]]) -> float:
-    """By how much the scores of a row spread further than the temperature is meant for: all that a teacher tells of the other
-    classes would be zero then."""
-    rows = [one[0].float().std(dim=1) for one in targets if one[0].ndim == 2 and one[0].shape[1] > 1]
-    return max(1.0, float(torch.cat(rows).mean()) / WIDE) if rows else 1.0
-
-
-def _error(mine: Any, theirs: Any) -> Any:
-    """Mean square of the difference, relative to the variance."""
-    return (mine - theirs).square().mean() / (theirs.var() + 1e-6)
-
-
-def _cross_entropy(scores: Any, labels: Any) -> Any:
-    """Mean over all items, with nothing for those without a label."""
-    return F.cross_entropy(scores, labels, ignore_index=UNLABELLED, reduction="sum") / len(labels)
+def _sweep(folder: Path) -> None:
+    """Remove what was half learnt long ago."""
+    for file in folder.glob("*.pt*"):
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > FORGOTTEN_S:
+                file.unlink()
 
 
 def _bfloat16_pays() -> bool:

@@ -67,7 +67,7 @@ def augmentation(wanted: str, mix: float, teacher: Any, samples: Samples) -> tup
             return made, labels
         chosen, order = generator.random(count) < mix, generator.permutation(count)
         share = (generator.random(count) * chosen).astype(np.float32)[:, None, None, None]
-        made = {name: (array + (array[order] - array) * share).astype(array.dtype) for name, array in made.items()}
+        made = {name: _mixed(array, order, share) for name, array in made.items()}
         if labels is None or labels.dtype != np.int64:
             return made, None
         return made, np.where(chosen, UNLABELLED, labels)
@@ -78,7 +78,7 @@ def augmentation(wanted: str, mix: float, teacher: Any, samples: Samples) -> tup
 
 def _is_picture(samples: Samples, name: str) -> bool:
     arrays = [chunk[name] for chunk in samples.chunks]
-    return bool(arrays) and all(array.dtype.kind == "f" and _sides(array) is not None for array in arrays)
+    return bool(arrays) and all(array.dtype.kind in "fu" and _sides(array) is not None for array in arrays)
 
 
 def _sides(array: Any) -> tuple[int, int] | None:
@@ -112,6 +112,13 @@ def _agrees(teacher: Any, samples: Samples, pictures: list[str]) -> bool:
 
 def _width(pictures: Any) -> int:
     return (_sides(pictures) or (2, 3))[1]
+
+
+def _mixed(pictures: Any, order: Any, share: Any) -> Any:
+    """Each picture with a share of another one laid over it; bytes are rounded."""
+    wide = pictures.astype(np.float32, copy=False)
+    made = wide + (wide[order] - wide) * share
+    return (np.rint(made) if pictures.dtype.kind == "u" else made).astype(pictures.dtype)
 
 
 def _moved(pictures: Any, flips: Any, moves: Any) -> Any:

@@ -41,7 +41,12 @@ class Normalization(nn.BatchNorm2d):  # type: ignore[misc]
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=EPSILON)
         self.observing = False
-        self.seen = [torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64), 0]
+        self.items = 0
+        self.seen: list[Any] = [
+            torch.zeros(channels, dtype=torch.float64),
+            torch.zeros(channels, dtype=torch.float64),
+            0,
+        ]
 
     def _check_input_dim(self, input: Any) -> None:
         """Any number of axes will do."""
@@ -50,8 +55,13 @@ class Normalization(nn.BatchNorm2d):  # type: ignore[misc]
         """[N, C, …] as it came in."""
         if not self.observing:
             return super().forward(input)
-        flat = input.detach().double().movedim(1, 0).flatten(1)
-        self.seen = [self.seen[0] + flat.sum(1), self.seen[1] + flat.square().sum(1), self.seen[2] + flat.shape[1]]
+        axes = [axis for axis in range(input.ndim) if axis != 1]
+        spread, mean = torch.var_mean(input.detach().float(), dim=axes, correction=0)
+        spread, mean, count = spread.double(), mean.double(), input.numel() // input.shape[1]
+        self.seen[0] = self.seen[0] + count * mean
+        self.seen[1] = self.seen[1] + count * (spread + mean.square())
+        self.seen[2] += count
+        self.items += input.shape[0]
         return input
 
     def settle(self) -> None:
@@ -91,18 +101,23 @@ def with_biases(artifact: Artifact) -> Artifact:
     return artifact.after(model, Step("biases"))
 
 
-def put_norms(network: Any, feeds: Iterable[Sequence[Any]]) -> list[Norm]:
-    """A normalization behind every convolution of an `Interpreter` whose weight and bias are its own; `feeds`: calls by which
-    statistics are found."""
+def put_norms(network: Any, feeds: Iterable[Sequence[Any]], answers: int | None = None) -> list[Norm]:
+    """A normalization behind every convolution of an `Interpreter` whose weight and bias are its own, but for those that make
+    one number an item (gates), or one of the first `answers` outputs: they never had one. `feeds`: calls by which statistics
+    are found."""
     program = network.program
     graph = program.graph
+    (outputs,) = graph.output_node().args
+    ends = set(outputs[:answers])
     convolutions = [node for node in graph.nodes if node.op == "call_function" and node.target is conv]
     uses = Counter(arg for node in graph.nodes for arg in node.all_input_nodes)
-    found = []
+    found, places = [], []
     for number, node in enumerate(convolutions):
         weight: Any = node.args[1]
         bias: Any = node.args[2] if len(node.args) > 2 else None
         if any(one is None or one.op != "get_attr" or uses[one] != 1 for one in (weight, bias)):
+            continue
+        if node in ends:
             continue
         tensors = [program.get_parameter(one.target) for one in (weight, bias)]
         if tensors[0].dtype != torch.float32:
@@ -113,28 +128,39 @@ def put_norms(network: Any, feeds: Iterable[Sequence[Any]]) -> list[Norm]:
             put = graph.call_module(f"normalization_{number}", (node,))
         node.replace_all_uses_with(put)
         put.args = (node,)
-        # A shift in front of a normalization is taken out by it.
-        tensors[1].requires_grad_(False)
         found.append(Norm(module, *tensors))
+        places.append(put)
     program.recompile()
     for norm in found:
         norm.module.observing = True
     with torch.no_grad():
         for call in feeds:
             network(*call)
-    for norm in found:
+    kept = []
+    for norm, put in zip(found, places, strict=True):
+        if norm.module.seen[2] <= norm.module.items:
+            put.replace_all_uses_with(put.args[0])
+            graph.erase_node(put)
+            continue
         norm.module.settle()
-    return found
+        # A shift in front of a normalization is taken out by it.
+        norm.bias.requires_grad_(False)
+        kept.append(norm)
+    program.recompile()
+    return kept
 
 
 def reestimate(network: Any, norms: Sequence[Norm], feeds: Iterable[Sequence[Any]]) -> None:
-    """Statistics over all samples, as averages over batches, with the weights as they are now."""
+    """Statistics over the samples, as averages over batches, with the weights as they are now."""
     for norm in norms:
         norm.module.reset_running_stats()
-        norm.module.momentum = None
     network.train()
+    seen = 0
     with torch.no_grad():
         for call in feeds:
+            seen += len(call[0])
+            for norm in norms:
+                norm.module.momentum = len(call[0]) / seen
             network(*call)
     network.eval()
     for norm in norms:

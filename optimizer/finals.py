@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from perwatt import metrics
 from perwatt.bench.machine import disturbance
-from perwatt.candidates import Candidate, cost_in, enough, no_gain_text, ratio_text
+from perwatt.candidates import Candidate, cost_in, enough, fitted, no_gain_text, ratio_text
 from perwatt.errors import BackendError
 from perwatt.judging import Judge, p99_ms
 from perwatt.measurement import Ratio
@@ -186,7 +186,7 @@ def _at_point(baseline: Candidate, winner: Candidate) -> Candidate:
     point = winner.point
     if winner.backend == baseline.backend:
         point = replace(point, floating_precision=baseline.point.floating_precision)
-    return replace(winner, branch=baseline.branch, point=point)
+    return replace(winner, branch=baseline.branch, point=fitted(point, baseline.branch.artifact))
 
 
 def gain_over(sides: dict[str, Side], base: str, candidate: Candidate) -> Ratio:

@@ -27,7 +27,8 @@ import torch
 
 from perwatt.artifact import Artifact, Step
 from perwatt.data import Samples
-from perwatt.distillation import Learnt, Plan, _Work
+from perwatt.distillation import SPARSE, Learnt, Plan, _Work
+from perwatt.distillation_weights import learnt_names
 from perwatt.errors import BackendError
 from perwatt.interpreter import Interpreter, Unsupported
 from perwatt.interpreter_weights import with_weights
@@ -43,7 +44,7 @@ FARTHEST = 4.0
 @dataclass(frozen=True)
 class TuningPlan(Plan):
     """`scales`: whether those of activations are learnt beside weights and biases. `learning_rate`: in 127ths of each
-    tensor's range."""
+    tensor's range. Pictures are mixed as they are for any other learning."""
 
     hints: int = 0
     norms: bool = False
@@ -78,11 +79,12 @@ class Tuning(_Work):
         super().__init__(self.graph.artifact, teacher, samples, select, plan)
         self.source = student
         self.half = False
-        self.targets = [self._run(self.teacher, batch) for batch in select.batches(plan.batch)]
+        self.targets = [self._run(self.teacher, batch) for batch in self.select.batches(plan.batch)]
         self.weights = {name: w for name, w in self.network.weights.items() if name in self._learnt(plan)}
-        for weight in self.weights.values():
-            weight.requires_grad_(True)
-        sparse = any(one.name in ("prune-weights", "prune-n-of-m") for one in student.steps)
+        for name, weight in self.network.weights.items():
+            if weight.is_floating_point():
+                weight.requires_grad_(name in self.weights)
+        sparse = any(one.name in SPARSE for one in student.steps)
         copies = [one.copy for one in self.graph.codes]
         self.masks = {name: self.weights[name] != 0 for name in copies} if sparse else {}
         self.began = {name: w.detach().clone() for name, w in self.weights.items() if name in self.graph.activations}
@@ -131,14 +133,14 @@ class Tuning(_Work):
         """Names of what is learnt: copies, biases and what else is in floating point, scales of activations."""
         nodes: list[Any] = list(self.graph.artifact.model.graph)
         pairs = (n.inputs[1:2] for n in nodes if n.op_type in ("QuantizeLinear", "DequantizeLinear"))
-        statistics = (n.inputs[3:5] for n in nodes if n.op_type == "BatchNormalization")
-        kept = {str(value.name) for inputs in (*pairs, *statistics) for value in inputs}
+        kept = {str(value.name) for inputs in pairs for value in inputs}
         found = {
             name
             for name, weight in self.network.weights.items()
             if weight.dtype is torch.float32 and weight.numel() > 1 and bool(weight.isfinite().all())
         }
-        return (found - kept) | (set(self.graph.activations) if plan.scales and not self.graph.fixed else set())
+        scales = set(self.graph.activations) if plan.scales and not self.graph.fixed else set()
+        return (found & learnt_names(self.graph.artifact.model) - kept) | scales
 
     def _notes(self) -> list[str]:
         scales = len(self.began)

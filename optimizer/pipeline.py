@@ -247,7 +247,9 @@ class Pipeline:
 
     def _interface(self, before: Artifact, after: Artifact) -> list[str]:
         old, new = before.signature, after.signature
-        if [_fed(spec) for spec in old.inputs] != [_fed(spec) for spec in new.inputs]:
+        # A batch may become free: what was fed can be fed as before.
+        freed = isinstance(old.batch, int) and isinstance(new.batch, str)
+        if [_fed(spec, freed) for spec in old.inputs] != [_fed(spec, freed) for spec in new.inputs]:
             return [f"the model's inputs changed: {_listed(old.inputs)} became {_listed(new.inputs)}"]
         same_names = [s.name for s in old.outputs] == [s.name for s in new.outputs]
         if not same_names or any(not _same_type(a, b) for a, b in zip(old.outputs, new.outputs, strict=True)):
@@ -288,9 +290,11 @@ def _allowed(tolerance: Tolerance | None, artifact: Artifact) -> Tolerance | Non
     return Tolerance(tolerance.atol, tolerance.rtol + ROUNDINGS * coarsest)
 
 
-def _fed(spec: TensorSpec) -> tuple[Any, ...]:
+def _fed(spec: TensorSpec, any_batch: bool) -> tuple[Any, ...]:
     """What a caller must know of an input: a dynamic axis stays dynamic, whatever its symbol is called."""
-    shape = None if spec.shape is None else tuple(d if isinstance(d, int) else None for d in spec.shape)
+    shape = None if spec.shape is None else [d if isinstance(d, int) else None for d in spec.shape]
+    if any_batch and shape:
+        shape[0] = None
     return spec.name, spec.dtype, shape
 
 

@@ -18,6 +18,7 @@ from perwatt.candidates import (
     Candidate,
     cost_of,
     enough,
+    fitted,
     gain_of,
     leaves_float32,
     no_gain_text,
@@ -60,7 +61,10 @@ class Screening:
 
     def original(self, backend: Backend, precision: str) -> Candidate:
         """The model as read, on that backend in that floating precision."""
-        return Candidate(Branch(self.source), replace(self.point, floating_precision=precision), backend)
+        return Candidate(Branch(self.source), self._point(self.source, precision), backend)
+
+    def _point(self, artifact: Artifact, precision: str) -> OperatingPoint:
+        return fitted(replace(self.point, floating_precision=precision), artifact)
 
     # One candidate ----------------------------------------------------------------------------------------------
 
@@ -241,7 +245,7 @@ class Screening:
                     if key in seen or only_default or ((backend.name, precision) in slow and not branch.lossy):
                         continue
                     seen.add(key)
-                    found.append(Candidate(branch, replace(self.point, floating_precision=precision), backend))
+                    found.append(Candidate(branch, self._point(branch.artifact, precision), backend))
         return found
 
     def _slow(self, baseline: Candidate, originals: Sequence[Candidate]) -> set[tuple[str, str | None]]:

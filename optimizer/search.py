@@ -3,8 +3,9 @@
 In rounds of a few trials. What a round tries follows from the rounds before it, the seed and nothing else, so that it is the
 same however many machines share its trials and however often it was killed. First every alternative by itself; then, around
 the best choice so far, what differs from it in one decision, cheapest promise first; what is removed is tried untaught, in
-seconds, and the cheapest that should lose little enough once taught is taught, in minutes; for choices that would be cheaper
-and lose a little too much, what may win that back; and one in each round that Optuna's sampler proposes from everything told.
+seconds, more and more of each, and the cheapest that should lose little enough once taught is taught, in minutes; for choices
+that would be cheaper and lose a little too much, what may win that back; and now and then what Optuna's sampler proposes from
+everything told.
 
 Not tried: what takes away still more than a choice that lost far too much, and more than one step beyond what was tried.
 """
@@ -26,7 +27,7 @@ ROUND = 4
 NEAR = 1.0
 """A constraint that is missed by at most this share of it may be won back; what misses it by more is given up."""
 LEARNING = 1
-"""Trials in a round that learn what was not learnt yet: they take minutes, and each makes the next better chosen."""
+"""Trials in a round that learn what was not learnt yet: each makes the next better chosen."""
 SAMPLED_FIRST = 4
 """Every so many rounds it is the sampler's proposal that comes first."""
 SAME = 1.02
@@ -42,9 +43,9 @@ EXPLORED = 4
 TRIES = 8
 """Proposals of the sampler that were tried already before any other is taken."""
 
-ALONE, AROUND, TAUGHT, BACK, SAMPLED, ANY = (
-    "by itself", "one step from the best", "to be taught", "to win back what was lost", "proposed by the sampler",
-    "not tried yet",
+ALONE, LADDER, AROUND, TAUGHT, BACK, SAMPLED, ANY = (
+    "by itself", "how far it may go", "one step from the best", "to be taught", "to win back what was lost",
+    "proposed by the sampler", "not tried yet",
 )  # fmt: skip
 
 Evaluate = Callable[[Sequence[Trial], Sequence[Trial]], Iterable[tuple[Trial, Outcome]]]
@@ -119,30 +120,23 @@ class Search:
         seen = Seen(self, before)
         known = set(seen.known)
         learnt = {(), *(self.space.learning(trial.values) for trial in before)}
-        taken: list[tuple[Values, str]] = []
-        learning = 0
+        # What learns takes minutes, so that one of them is enough to go on from; the rest is found out in seconds.
+        slow: list[tuple[Values, str]] = []
+        quick: list[tuple[Values, str]] = []
         for proposed, why in self._in_turn(seen, number):
             values = seen.step_by_step(proposed)
-            key, learns = _key(values), self.space.learning(values)
-            if key in known or self._hopeless(values, seen) or not self._may_learn(learns, learnt, learning, taken):
+            several = quick if self.space.learning(values) in learnt else slow
+            most = LEARNING if several is slow else ROUND
+            if _key(values) in known or len(several) == most or self._hopeless(values, seen):
                 continue
-            known.add(key)
-            taken.append((values, why))
-            learning += learns not in learnt
-            learnt.add(learns)
-            if len(taken) == ROUND:
+            known.add(_key(values))
+            several.append((values, why))
+            if len(slow) + len(quick) == LEARNING + ROUND:
                 break
+        taken = [*slow, *quick][:ROUND]
         if taken or self._explored(before):
             return taken
         return next(([one] for one in self._anything(seen, number)), [])
-
-    def _may_learn(self, learns: Any, learnt: Any, learning: int, taken: Sequence[tuple[Values, str]]) -> bool:
-        """Whether a round may learn this: once, and not as long as there is something to be found out in seconds."""
-        if learns in learnt:
-            return True
-        return learning < LEARNING and not any(
-            self.space.removes(one) and not self.space.learns(one) for one, _ in taken
-        )
 
     def _explored(self, before: Sequence[Trial]) -> bool:
         """Whether the last trials were taken for want of anything better, and none of them was: what goes on costs energy."""
@@ -151,12 +145,15 @@ class Search:
         return len(last) == EXPLORED and all(trial.why == ANY and trial is not best for trial in last)
 
     def _in_turn(self, seen: Seen, number: int) -> Iterator[tuple[Values, str]]:
-        first, others = self._alone()
-        for several in (first, list(self._elsewhere(others, seen))):
+        for several in (self._plain(), self._here(seen), self._elsewhere(seen)):
             alone = [values for values in several if _key(values) not in seen.known]
             if alone:
                 yield from ((values, ALONE) for values in alone)
                 return
+        steps = [values for values in self._ladders(seen) if not self._hopeless(values, seen)]
+        if steps:
+            yield from ((values, LADDER) for values in steps)
+            return
         # What is proposed by chance costs minutes to learn: first what one step brings is learnt.
         if number % SAMPLED_FIRST == 0 and self._has_learnt(seen.before):
             yield from self._sampled(seen, number)
@@ -167,22 +164,103 @@ class Search:
         yield from sorted(proposed, key=lambda one: seen.promise(one[0]))
         yield from self._sampled(seen, number)
 
-    def _elsewhere(self, others: Sequence[Values], seen: Seen) -> Iterator[Values]:
-        """Of the alternatives on each other backend the one that is best here; the next where that came near, and so on."""
+    def _plain(self) -> list[dict[str, int]]:
+        """The lossless passes on every backend in every floating precision, each backend's own first."""
+        usual, backends = self.space.usual(), range(self._count(BACKEND))
+        own = [self.space.at_home(self._with(usual, BACKEND, backend)) for backend in backends]
+        floating = [
+            self.space.canonical(self._with(self._with(usual, BACKEND, backend), FLOATING, index))
+            for backend in backends for index in range(self._count(FLOATING))
+        ]  # fmt: skip
+        return [*own, *floating]
+
+    def _here(self, seen: Seen) -> list[dict[str, int]]:
+        """Each alternative by itself on the backend that the lossless passes run best on."""
+        return self._alternatives(self._home(seen))
+
+    def _elsewhere(self, seen: Seen) -> Iterator[Values]:
+        """Of the alternatives on each other backend the one that is best at home; the next where that came near, and so on."""
 
         def told(values: Values) -> float:
             found = seen.known.get(_key(values))
             return math.inf if found is None else found.cost
 
-        for backend in dict.fromkeys(values[BACKEND] for values in others):
+        home = self._home(seen)
+        for backend in range(self._count(BACKEND)):
             there = sorted(
-                (values for values in others if values[BACKEND] == backend and seen.elsewhere(values)),
-                key=lambda values: told(self.space.at_home({**values, BACKEND: 0})),
+                filter(seen.elsewhere, self._alternatives(backend) if backend != home else []),
+                key=lambda values: told(self.space.at_home(self._with(values, BACKEND, home))),
             )
             for values in there:
                 yield values
                 if not told(values) < FORESEEN * seen.least:
                     break
+
+    def _home(self, seen: Seen) -> int:
+        """The backend that the lossless passes cost least on."""
+        costs = {values.get(BACKEND, 0): math.inf for values in self._plain()}
+        for values in self._plain():
+            found, backend = seen.known.get(_key(values)), values.get(BACKEND, 0)
+            if found is not None and found.permitted:
+                costs[backend] = min(costs[backend], found.cost)
+        return min(costs, key=lambda backend: costs[backend])
+
+    def _alternatives(self, backend: int) -> list[dict[str, int]]:
+        """Each by itself there."""
+        there = self._with(self.space.usual(), BACKEND, backend)
+        return [self.space.at_home({**there, PRECISION: index}) for index in range(1, self._count(PRECISION))]
+
+    def _count(self, name: str) -> int:
+        """How many values a decision has; one where there is nothing to decide."""
+        return next((len(decision.values) for decision in self.space.decisions if decision.name == name), 1)
+
+    def _with(self, values: Values, name: str, index: int) -> dict[str, int]:
+        """Another value of a decision, where it is one."""
+        return {**values, name: index} if name in values else dict(values)
+
+    def _ladders(self, seen: Seen) -> Iterator[dict[str, int]]:
+        """Of each removal by itself, and each way to do it, the next step up: what each costs and loses untaught is known in
+        seconds, and says which are worth minutes. As long as what a step lost may be taught back."""
+        best = self.best(seen.before)
+        if best is None:
+            return
+        removals = [one for one in self.space.removals if self.space.ordered(one.step.name)]
+        none = dict.fromkeys([*(one.step.name for one in removals), LEARN, *self._tuned()], 0)
+        base = {name: value for name, value in {**best.values, **none}.items() if name in best.values}
+        for one in removals:
+            for way in range(len(one.ways)):
+                values = self._next_step(base, one.step.name, {one.how: way}, len(one.options), seen)
+                yield from [] if values is None else [values]
+
+    def _next_step(self, base: Values, name: str, how: Values, most: int, seen: Seen) -> dict[str, int] | None:
+        """One step further than was tried; None where that is no use any more."""
+        changed: set[str | None] = set()
+        for index in range(1, most + 1):
+            values = self.space.canonical({**base, name: index, **how})
+            found = [trial for trial in seen.before if self._same_removals(trial.values, values)]
+            if not found:
+                return values
+            digests = {trial.outcome.digest for trial in found if trial.outcome is not None}
+            # What loses more than teaching gives back, or goes no further than the step before it, has come to its end.
+            if all(seen.loses(trial.values) > SLACK for trial in found) or digests & changed - {None}:
+                return None
+            changed = digests if self._changes(found, name, seen) else set()
+        return None
+
+    def _changes(self, several: Sequence[Trial], name: str, seen: Seen) -> bool:
+        """Whether a removal in these made any difference, as far as is known."""
+        without = [seen.known.get(_key(self.space.canonical({**trial.values, name: 0}))) for trial in several]
+        pairs = zip(several, without, strict=True)
+        return not any(trial.outcome is not None and _same_graph(trial.outcome, other) for trial, other in pairs)
+
+    def _same_removals(self, values: Values, other: Values) -> bool:
+        """Whether the same is removed on the same backend, and not taught."""
+        names = [BACKEND, LEARN, *(name for one in self.space.removals for name in (one.step.name, one.how))]
+        return all(values.get(name) == other.get(name) for name in names)
+
+    def _tuned(self) -> list[str]:
+        """The decision whether rounding is taught, where there is one."""
+        return [self.space.tuning.name] if self.space.tuning is not None else []
 
     def _taught(self, seen: Seen) -> Iterator[dict[str, int]]:
         """What was only tried untaught, would be cheaper than the best, and should lose little enough once taught: taught, and
@@ -223,26 +301,6 @@ class Search:
         ranking = self.ranking(before)
         same = [trial for trial in ranking if _cost(trial) <= SAME * _cost(ranking[0])]
         return sorted(same, key=lambda trial: trial.outcome.seconds if trial.outcome else 0.0)[:1] + ranking[:1]
-
-    def _alone(self) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
-        """Each alternative by itself on the backend that the original runs best on, and every backend and floating precision
-        without any; then the alternatives on the other backends."""
-        usual = self.space.usual()
-        counts = {decision.name: len(decision.values) for decision in self.space.decisions}
-        alternatives = range(1, counts.get(PRECISION, 1))
-        others = range(1, counts.get(BACKEND, 1))
-        plain = [self.space.at_home({**usual, **_only(counts, {BACKEND: backend})}) for backend in (0, *others)]
-        here = [self.space.at_home({**usual, PRECISION: index}) for index in alternatives]
-        floating = [
-            self.space.canonical({**usual, **_only(counts, {BACKEND: backend, FLOATING: index})})
-            for backend in (0, *others) for index in range(counts.get(FLOATING, 1))
-        ]  # fmt: skip
-        there = [
-            self.space.at_home({**usual, BACKEND: backend, PRECISION: index})
-            for index in alternatives
-            for backend in others
-        ]
-        return [*plain, *here, *floating], there
 
     def _around(self, trial: Trial, seen: Seen) -> Iterator[dict[str, int]]:
         """What differs in one decision, by one step where it is ordered; by more where one step made no difference."""
@@ -319,7 +377,7 @@ class Search:
     def _hopeless(self, values: Values, seen: Seen) -> bool:
         """Whether a choice that takes away less, and is the same otherwise, lost far too much; or something in it does nothing on
         this backend."""
-        if self._idle(values, seen) or self._removes_nothing(values, seen):
+        if self._idle(values, seen) or self._unproved(values, seen) or self._removes_nothing(values, seen):
             return True
         if self._tunes_what_is_untaught(values) or self._was_taught_enough(values, seen):
             return True
@@ -332,7 +390,7 @@ class Search:
 
     def _was_taught_enough(self, values: Values, seen: Seen) -> bool:
         """Whether the same choice that learns less is permitted, as values of weights cost no time; or has learnt nothing."""
-        for name in (LEARN, *([self.space.tuning.name] if self.space.tuning is not None else [])):
+        for name in (LEARN, *self._tuned()):
             fewer = [
                 seen.known.get(_key(self.space.canonical({**values, name: rounds})))
                 for rounds in reversed(range(values.get(name, 0)))
@@ -354,6 +412,14 @@ class Search:
                     if without is not None and _same_graph(without, trial.outcome):
                         return True
         return False
+
+    def _unproved(self, values: Values, seen: Seen) -> bool:
+        """Whether it has an alternative that by itself was not worth a trial on its backend."""
+        if not values.get(PRECISION):
+            return False
+        only = {name: values[name] for name in (BACKEND, PRECISION) if name in values}
+        alone = self.space.at_home({**self.space.usual(), **only})
+        return dict(values) != alone and _key(alone) not in seen.known
 
     def _idle(self, values: Values, seen: Seen) -> bool:
         """Whether the alternative by itself was refused there, or left the graph as it was."""
@@ -381,8 +447,9 @@ class Seen:
         self.known = {_key(trial.values): trial.outcome for trial in before if trial.outcome is not None}
         self.least = _least(search.best(before))
         self.model = Model(self.space, before)
-        self.costs = {_key(trial.values): self.model.smoothed(trial) for trial in self.model.known}
-        """Of what was measured, with what is chance taken out."""
+        self.costs = {key: outcome.cost for key, outcome in self.known.items()}
+        """Of what was tried, with what is chance taken out; infinite where it was not measured."""
+        self.costs.update({_key(trial.values): self.model.smoothed(trial) for trial in self.model.known})
         self.teaching = Teaching(self.space, before, self.most or 0.1)
 
     def step_by_step(self, values: Values) -> dict[str, int]:
@@ -429,7 +496,7 @@ class Seen:
 
     def cost(self, trial: Trial) -> float:
         """Of a trial, with what is chance taken out; infinite where it was not measured."""
-        return self.costs.get(_key(trial.values), math.inf)
+        return self.costs[_key(trial.values)]
 
     def far(self, trial: Trial) -> bool:
         """Whether a trial lost so much too much that taking more away is hopeless."""
@@ -448,7 +515,7 @@ class Seen:
 
     def _cost(self, values: Values, expected: Prediction) -> float:
         untaught = self.costs.get(_key(self.space.untaught(values)))
-        if untaught is not None and values.get(LEARN, 0):
+        if untaught is not None and math.isfinite(untaught) and values.get(LEARN, 0):
             # Values of weights cost no time.
             return untaught
         estimate = self.estimate(values) if expected.new else None

@@ -22,7 +22,7 @@ from perwatt.measurement import Ratio
 if TYPE_CHECKING:
     import optuna
 
-SCHEMA = 1
+SCHEMA = 2
 """Of what is kept with each trial; a log of another one is begun anew."""
 NAME = "search"
 UNKNOWN_COST = 4.0
@@ -38,7 +38,8 @@ class Outcome:
 
     `ratios`: figures ÷ the original's. `objectives`: what is to be as little as possible, ÷ the original's. `drop` is in points
     for accuracies, in metric units otherwise, on `n` samples. `missed`: constraint → by which share of it it is missed; only
-    those that are. `digest` is of the graph; `seconds` of wall time that the trial took."""
+    those that are. `digest` is of the graph; `seconds` of wall time that the trial took. `partly`: a lossy pass in it changed
+    nothing, so that it is another choice than it says."""
 
     status: Status
     reason: str = ""
@@ -52,6 +53,7 @@ class Outcome:
     missed: Mapping[str, float] = field(default_factory=dict)
     digest: str | None = None
     seconds: float = 0.0
+    partly: bool = False
 
     @property
     def cost(self) -> float:

@@ -25,7 +25,7 @@ RIDGE = 1e-3
 """Of what was never tried, or only together with something else, as little as possible is believed."""
 
 
-USUALLY_LEFT, LONGER_LEFT = 0.1, 0.6
+USUALLY_LEFT, LONGER_LEFT = 0.1, 0.75
 """Of what a choice loses untaught, what it still loses when it was taught as long as is usual; of that, when taught for longer.
 What is taken to be so where nothing is known, and counts as one observation where something is."""
 LEAST_LEFT = 0.01
@@ -43,11 +43,13 @@ class Prediction:
 
 
 class Model:
-    """Fitted to the trials that were measured."""
+    """Fitted to the trials that were measured, and that are what they say."""
 
     def __init__(self, space: Space, trials: Sequence[Trial]) -> None:
         self.space = space
-        self.known = [t for t in trials if t.outcome is not None and math.isfinite(t.outcome.cost)]
+        self.known = [
+            t for t in trials if t.outcome is not None and math.isfinite(t.outcome.cost) and not t.outcome.partly
+        ]
         self._features = np.stack([self._of(t.values) for t in self.known]) if self.known else np.zeros((0, 1))
         self._cost = self._fitted(lambda outcome: math.log(max(outcome.cost, 1e-9)))
         self._drop = self._fitted(lambda outcome: outcome.drop)

@@ -22,6 +22,7 @@ from perwatt.candidates import (
     Candidate,
     at_cost,
     cost_of,
+    fitted,
     gain_of,
     ledger,
     ratio_text,
@@ -162,6 +163,7 @@ class Study:
         if found and found[0].branch is not baseline.branch and found[0].backend == baseline.backend:
             # Where the graph brings nothing at that point, the point alone is the answer.
             point = replace(found[0].point, floating_precision=baseline.point.floating_precision)
+            point = fitted(point, baseline.branch.artifact)
             found.append(Candidate(baseline.branch, point, baseline.backend, tuned=True))
         return [*found, *hopeful]
 

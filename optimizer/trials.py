@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from perwatt import registry
 from perwatt.artifact import Artifact
 from perwatt.backends import Backend
-from perwatt.candidates import Branch, Candidate, cost_in, leaves_float32
+from perwatt.candidates import Branch, Candidate, cost_in, fitted, leaves_float32
 from perwatt.choices import Space, Values
 from perwatt.contract import OperatingPoint
 from perwatt.errors import PerwattError
@@ -81,7 +81,9 @@ class Trials:
 
     def _candidate(self, values: Values) -> Candidate:
         backend, floating = self.space.where(values)
-        return Candidate(self.branch(values), replace(self.point, floating_precision=floating), self.backends[backend])
+        branch = self.branch(values)
+        point = fitted(replace(self.point, floating_precision=floating), branch.artifact)
+        return Candidate(branch, point, self.backends[backend])
 
     def _found(self, values: Values, before: Sequence[Trial]) -> Outcome:
         candidate = self._candidate(values)
@@ -96,10 +98,10 @@ class Trials:
         self.screening.screen(candidate, self.side)
         if not candidate.ratios:
             return Outcome("refused", candidate.reason or "it could not be measured", digest=digest)
-        drop = candidate.drop
+        drop, unapplied = candidate.drop, self._unapplied(candidate.branch)
         return Outcome(
             "measured",
-            self._unapplied(candidate.branch),
+            unapplied,
             ratios=candidate.ratios,
             objectives=tuple(self._cost(name, candidate) for name in self.objectives),
             drop=None if drop is None else drop.drop,
@@ -109,6 +111,7 @@ class Trials:
             size_bytes=artifact.size_bytes(),
             missed=self.missed(candidate),
             digest=digest,
+            partly=bool(unapplied),
         )
 
     def _identity(self, candidate: Candidate) -> str:

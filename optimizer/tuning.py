@@ -31,12 +31,10 @@ from perwatt.tune_power import onwards, tune_power
 
 @dataclass(frozen=True)
 class TunePlan:
-    """`fixed`: fields of the operating point that the recipe sets. `fixed_batch`: the model takes one batch only.
-    `max_s`: time for one search, `limited` where the user said so: joules of a
-    GPU take longer to count. `memory_bytes`: what a program may hold."""
+    """`fixed`: fields of the operating point that stay as they are. `max_s`: time for one search, `limited` where the user said
+    so: joules of a GPU take longer to count. `memory_bytes`: what a program may hold."""
 
     fixed: frozenset[str] = frozenset()
-    fixed_batch: bool = False
     max_s: float = 60.0
     limited: bool = False
     memory_bytes: int | None = None
@@ -49,10 +47,10 @@ def tuned(
 ) -> Front | None:
     """The front of a candidate's operating points; None where nothing may vary. Raises BackendError where the candidate
     does not run at its own point."""
-    knobs = {
-        name: values for name, values in candidate.backend.knobs.items()
-        if name not in plan.fixed and not (name == "batch" and plan.fixed_batch)
-    }  # fmt: skip
+    fixed = set(plan.fixed)
+    if not isinstance(candidate.branch.artifact.signature.batch, str):
+        fixed.add("batch")
+    knobs = {name: values for name, values in candidate.backend.knobs.items() if name not in fixed}
     power = setup.conductor.power
     if power is None and not any(len(values) > 1 for values in knobs.values()):
         return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perwatt.artifact import Artifact
 from perwatt.contract import Context
 from perwatt.data import Samples
 from perwatt.errors import PassError, PerwattError
@@ -30,10 +32,17 @@ def check_learning(minutes: float, steps: int, batch: int, temperature: float, l
         raise PassError("temperature must be more than 0 and labels 0 or more", fix="temperature: 4, labels: 0.1")
 
 
-def no_samples(context: Context) -> Iterator[str]:
-    """The reason where all samples are made up: a network taught by noise answers noise."""
+def nothing_to_learn_from(artifact: Artifact, context: Context) -> Iterator[str]:
+    """Why no model could learn here: the original is gone; all samples are made up, and a network taught by noise answers noise;
+    items can't be drawn one by one; torch is missing."""
+    if context.original is None:
+        yield "the original isn't there to learn from"
     if context.made_up:
         yield "there are no real samples to learn from: --train, or --data"
+    if artifact.signature.batch is None:
+        yield "the model has no batch axis: no items to draw and put together"
+    if importlib.util.find_spec("torch") is None:
+        yield "learning needs torch: pip install 'perwatt[torch]'"
 
 
 def samples_to_learn(context: Context) -> tuple[Samples, Samples, str]:
@@ -99,4 +108,11 @@ def _role(context: Context, role: str) -> Samples | None:
         return None
 
 
-__all__ = ["cache_of_learning", "check_learning", "no_samples", "samples_to_learn", "seconds_to_learn", "words_of"]
+__all__ = [
+    "cache_of_learning",
+    "check_learning",
+    "nothing_to_learn_from",
+    "samples_to_learn",
+    "seconds_to_learn",
+    "words_of",
+]

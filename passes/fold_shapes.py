@@ -52,6 +52,7 @@ class FoldShapes(Pass):
 
     stage: ClassVar[Stage] = Stage.CLEAN
     in_default: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ("free-batch",)
     # Nothing here rounds, but ONNX Runtime sums a product in another order once a factor is stored.
     tolerance: ClassVar[Tolerance | None] = Tolerance(atol=1e-6, rtol=1e-5)
     # ONNX's shape inference is C++, which has crashed on odd files.

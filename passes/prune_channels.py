@@ -77,7 +77,7 @@ class PruneChannels(Pass):
     measures: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("drop-blocks",)
     in_search: ClassVar[bool] = True
-    searched: ClassVar = {"ratio": (0.15, 0.3, 0.45, 0.6), "multiple": ("auto", "finer")}
+    searched: ClassVar = {"ratio": (0.07, 0.15, 0.3, 0.45, 0.6), "multiple": ("auto", "finer")}
 
     ratio: float = 0.3
     allocation: Literal["global", "uniform"] = "global"

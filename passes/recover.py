@@ -26,7 +26,7 @@ from perwatt.errors import PassError
 from perwatt.passes._learning import (
     cache_of_learning,
     check_learning,
-    no_samples,
+    nothing_to_learn_from,
     samples_to_learn,
     seconds_to_learn,
     words_of,
@@ -66,15 +66,9 @@ class Recover(Pass):
     def requires(self, artifact: Artifact, context: Context) -> Iterator[str]:
         if not any(step.name in LOSSY for step in artifact.steps):
             yield "nothing was pruned that could be learnt back"
-        if context.original is None:
-            yield "the original isn't there to learn from"
-        yield from no_samples(context)
+        yield from nothing_to_learn_from(artifact, context)
         if reason := quantized_already(artifact):
             yield reason
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            yield "learning needs torch: pip install 'perwatt[torch]'"
 
     def check_settings(self) -> None:
         check_learning(self.minutes, self.steps, self.batch, self.temperature, self.labels)

@@ -33,7 +33,7 @@ from perwatt.errors import PassError
 from perwatt.passes._learning import (
     cache_of_learning,
     check_learning,
-    no_samples,
+    nothing_to_learn_from,
     samples_to_learn,
     seconds_to_learn,
     words_of,
@@ -75,13 +75,7 @@ class TuneQuantization(Pass):
             yield "no weight is stored as codes in front of DequantizeLinear: nothing was quantized that could be tuned"
         elif not any(node.inputs[1].dtype.name == "FLOAT" for node in codes):
             yield "scales are in half precision, in which nothing can be learnt: quantize with rest: float32"
-        if context.original is None:
-            yield "the original isn't there to learn from"
-        yield from no_samples(context)
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            yield "learning needs torch: pip install 'perwatt[torch]'"
+        yield from nothing_to_learn_from(artifact, context)
 
     def check_settings(self) -> None:
         check_learning(self.minutes, self.steps, self.batch, self.temperature, self.labels)

@@ -71,9 +71,9 @@ def test_ways_to_remove_are_a_decision_of_their_own_that_counts_where_something_
     assert [d.values for d in space.decisions if d.name == "prune-channels multiple"] == [("auto", "finer")]
     assert space.canonical({**usual, "prune-channels multiple": 1}) == usual
     finer = {**usual, "prune-channels": 1, "prune-channels multiple": 1}
-    assert space.words(finer).startswith("prune-channels 0.15, prune-channels multiple finer")
+    assert space.words(finer).startswith("prune-channels 0.07, prune-channels multiple finer")
     (made,) = [one for one in space.steps(finer) if one.name == "prune-channels"]
-    assert made.settings == {"ratio": 0.15, "multiple": "finer"}
+    assert made.settings == {"ratio": 0.07, "multiple": "finer"}
     taught = {**finer, "learn": 1}
     assert space.learning(taught) != space.learning({**usual, "prune-channels": 1, "learn": 1})
     fixed = choices.space([step("prune-channels", multiple=8), step("recover")], PLACES)
@@ -83,7 +83,7 @@ def test_ways_to_remove_are_a_decision_of_their_own_that_counts_where_something_
 def test_without_anything_that_mends_it_goes_at_once() -> None:
     space = choices.space([step("drop-blocks"), step("prune-channels")], PLACES)
     found = space.steps({**space.usual(), "drop-blocks": 2, "prune-channels": 1, "order": 1})
-    assert [(one.name, one.settings["ratio"]) for one in found] == [("prune-channels", 0.15), ("drop-blocks", 0.2)]
+    assert [(one.name, one.settings["ratio"]) for one in found] == [("prune-channels", 0.07), ("drop-blocks", 0.2)]
 
 
 def test_settings_of_the_recipe_are_not_searched() -> None:

@@ -184,6 +184,11 @@ def test_an_order_that_hides_work_and_a_batch_that_is_fixed_are_noted(here: Path
     assert any(
         note.startswith("the model fixes its batch at 1, so no other number of items in a call") for note in notes
     )
+    freed = perwatt.optimize(
+        here / "fixed.onnx", target="null", out=here / "freed", scenario="offline", passes="free-batch"
+    )
+    assert [row["changes"] for row in freed.report["passes"]][1:] == [["calls of any size, where they had to be of 1"]]
+    assert not any("fixes its batch" in note for note in freed.report["notes"])
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33])

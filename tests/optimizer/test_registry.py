@@ -17,8 +17,8 @@ from perwatt.passes.quantize_int8 import QuantizeInt8
 from perwatt.recipe import OneOf, PassStep, parse
 
 CLEAN = [
-    "fold-shapes", "fold-constants", "common-subexpression", "remove-dead", "decompose-einsum", "simplify-arithmetic",
-    "cancel-casts", "cancel-transposes", "move-transposes", "unflatten-gemm", "cancel-reshapes",
+    "free-batch", "fold-shapes", "fold-constants", "common-subexpression", "remove-dead", "decompose-einsum",
+    "simplify-arithmetic", "cancel-casts", "cancel-transposes", "move-transposes", "unflatten-gemm", "cancel-reshapes",
 ]  # fmt: skip
 TIDY = ["cancel-reshapes", "common-subexpression", "remove-dead"]
 """What runs once more after fusing."""

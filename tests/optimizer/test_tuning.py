@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from perwatt.backends import Backend
-from perwatt.candidates import Candidate
+from perwatt.candidates import Branch, Candidate
 from perwatt.contract import OperatingPoint
 from perwatt.measuring import Conductor
 from perwatt.recipe import Budget
@@ -20,6 +20,7 @@ from perwatt.tune import Front
 from perwatt.tuning import TunePlan, tuned
 
 sys.path.insert(0, str(Path(__file__).parent))
+from models import build, node
 from scripted import SOURCE
 from test_tune import KNOBS, ScriptedSide, plain
 
@@ -47,10 +48,10 @@ def plan(tmp_path: Path) -> TunePlan:
 
 
 def search(
-    plan: TunePlan, folder: Path, backend: Backend = BACKEND, start: OperatingPoint = START
+    plan: TunePlan, folder: Path, backend: Backend = BACKEND, start: OperatingPoint = START, source: Branch = SOURCE
 ) -> tuple[Front | None, list]:
     setup = ScriptedSetup(folder)
-    front = tuned(plan, setup, Candidate(SOURCE, start, backend), Budget(), lambda share, text: None)
+    front = tuned(plan, setup, Candidate(source, start, backend), Budget(), lambda share, text: None)
     return front, setup.points
 
 
@@ -61,8 +62,9 @@ def test_fields_that_the_recipe_sets_stay_as_they_are(plan: TunePlan, tmp_path: 
 
 
 def test_a_batch_that_the_model_fixes_is_not_varied(plan: TunePlan, tmp_path: Path) -> None:
-    _, points = search(replace(plan, fixed_batch=True), tmp_path)
-    assert {p.batch for p in points} == {32}
+    model = build([node("Relu", "x", "y")], "x:float32[32,3]", "y:float32[32,3]")
+    _, points = search(plan, tmp_path, source=Branch(model))
+    assert {p.batch for p in points} == {32} and len(points) > 1
 
 
 def test_where_nothing_may_vary_nothing_is_opened(plan: TunePlan, tmp_path: Path) -> None:
