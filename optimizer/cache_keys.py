@@ -119,7 +119,7 @@ class StepKeys:
         self._measured = {
             "machine": dict(machine),
             "target": recipe.target.model_dump(mode="json"),
-            "metric": _metric(recipe.data.metric),
+            "metric": metric_key(recipe.data.metric),
             "confirm": held.get("confirm"),
         }
 
@@ -145,7 +145,7 @@ class StepKeys:
         return self._seen[artifact]
 
 
-def _metric(name: str | None) -> list[str | None]:
+def metric_key(name: str | None) -> list[str | None]:
     """A metric's name and, where it is somebody's own, its source."""
     return [name, _text(callable_file(name)) if name is not None and is_callable_spec(name) else None]
 

@@ -39,8 +39,9 @@ from perwatt.errors import InputError, TargetError, install_words
 from perwatt.preparation import Prepared
 from perwatt.recipe import Recipe
 from perwatt.run_cache import VARIABLES
-from perwatt.search import ROUND, Evaluate
+from perwatt.search import Evaluate
 from perwatt.search_log import Outcome, Trial
+from perwatt.search_proposals import ROUND
 from perwatt.step_store import TENSOR, StepStore
 from perwatt.trials import Trials
 

@@ -137,6 +137,7 @@ def compile_model(
     with full_disk_explained(), open_work(recipe, steps, out, progress, started) as work:
         if work.prepared.absent is not None:
             return write_portable(*work.portable(), out)
+        work.fresh = fresh
         if cluster is not None:
             work.spread_over(cluster)
         run = work.run(announce)
@@ -232,6 +233,7 @@ class Work:
     store: StepStore | None = None
     alone: Callable[[], AbstractContextManager[object]] = nullcontext
     cluster: Cluster | None = None
+    fresh: bool = False
 
     def portable(self) -> tuple[Recipe, Prepared, list[Branch], Pipeline, Path, Worker]:
         """The graphs for a backend that is not here, each verified by the reference."""
@@ -336,10 +338,12 @@ class Work:
             searching.log_path(cache_folder("search") or self.folder, self.recipe, self.prepared, self.place.machine()),
             lambda result: _write_bundle(self._told(result), self.out),
             _deadline(self.recipe, self.started, searching.SEARCH_SHARE),
+            _deadline(self.recipe, self.started, searching.TUNE_SHARE),
             _deadline(self.recipe, self.started, searching.ACCOUNT_SHARE),
             lambda share, text: self.progress(text, 0.3 + 0.4 * share),
             announce,
             self.cluster,
+            self.fresh,
         )
         return found.run()
 

@@ -13,6 +13,7 @@ from perwatt.errors import BackendError
 from perwatt.judging import Judge, p99_ms
 from perwatt.measurement import Ratio
 from perwatt.measuring import Effort, cost_ratio, interleave, ratios, run_energy_blocks
+from perwatt.recipe import Objective
 from perwatt.setup import Setup
 from perwatt.sides import Side
 
@@ -36,6 +37,11 @@ class Finals:
         self.setup, self.judge, self.eager, self.progress, self.notes = setup, judge, eager, progress, notes
         self.strict = True
         """Where nothing keeps every constraint, what misses them least may be shipped: then this is off."""
+        self.objective: Objective = "inferences-per-joule"
+        self.quick = False
+        """Without the long windows that a counter of energy wants, where CPU seconds decide."""
+        self.looks = 0
+        """How often candidates were judged on the samples to confirm by."""
 
     def sides(self, baseline: Candidate, winner: Candidate, effort: Effort) -> dict[str, Side]:
         """Fresh workers: the original, the original at the winner's point where that differs, torch eager, the winner."""
@@ -63,6 +69,9 @@ class Finals:
 
     def measure_energy(self, sides: dict[str, Side]) -> None:
         """Windows that are long enough for a counter, where there is one and a side has none yet."""
+        conductor = self.setup.conductor
+        if self.quick and conductor.device == "cpu" and conductor.meter.describe()["method"] in ("counter", "metered"):
+            return
         left = [[side] for side in sides.values() if not side.energy_windows]
         if left:
             run_energy_blocks(left, ENERGY_BLOCKS, self.setup.conductor)
@@ -132,7 +141,7 @@ class Finals:
         misses = self.misses(candidate, side)
         if misses is not None and self.strict:
             return misses, None, None
-        gain = gain_over(sides, "original", candidate)
+        gain = self._gain(sides, candidate, baseline)
         if not enough(gain, least) and self.misses(baseline, sides["original"]) is None:
             return no_gain_text(gain, least, candidate.backend.rate_words), None, None
         throughput = ratios(side, sides["original"])["throughput_per_s"]
@@ -143,16 +152,29 @@ class Finals:
                 None,
                 None,
             )
-        if candidate.tuned and AT_POINT in sides and not enough(gain_over(sides, AT_POINT, candidate), least):
+        by_point = candidate.tuned and AT_POINT in sides and self.objective == "inferences-per-joule"
+        if by_point and not enough(gain_over(sides, AT_POINT, candidate), least):
             of_graph = ratio_text(gain_over(sides, AT_POINT, candidate))
             return f"the operating point is what brings it: its graph does {of_graph} at that point", None, None
         if self.judge.evaluation is None:
             return None, None, None
+        self.looks += 1
         comparison, score = self.judge.drop_on_all(side)
         candidate.drop = comparison
         if self.judge.too_much(comparison, final=True):
             return self.judge.drop_words(comparison), comparison, score
         return None, comparison, score
+
+    def _gain(self, sides: dict[str, Side], candidate: Candidate, baseline: Candidate) -> Ratio:
+        """What it does better than the original, by what it was searched for."""
+        if self.objective == "size":
+            return Ratio(baseline.branch.artifact.size_bytes() / max(1, candidate.branch.artifact.size_bytes()))
+        found = ratios(sides["optimized"], sides["original"])
+        if self.objective == "latency":
+            return found["latency_p50_ms"].inverse()
+        if self.objective == "throughput":
+            return found["throughput_per_s"]
+        return gain_over(sides, "original", candidate)
 
     def misses(self, candidate: Candidate, side: Side) -> str | None:
         """Which constraint besides accuracy a candidate misses, measured as `side`, and by how much; None where it keeps all."""

@@ -63,6 +63,12 @@ class Judge:
         comparison = self._in_portions(side, self.select, until_clear=True)
         return comparison, comparison.n == len(self.select.samples)
 
+    @property
+    def allowed(self) -> float:
+        """What may be lost, as something to take shares of: a tenth of a point where that is nothing."""
+        fraction = self.evaluation is None or self.evaluation.metric.unit == "fraction"
+        return max(self.max_drop, 0.1) if fraction else self.max_drop or 1e-3
+
     def drop_on_all(self, side: Side) -> tuple[metrics.Comparison, metrics.Score]:
         """What `side` loses on all evaluation samples, and its own score."""
         assert self.evaluation is not None

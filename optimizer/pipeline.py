@@ -148,15 +148,15 @@ class Pipeline:
 
     def step(self, artifact: Artifact, made_by: Pass) -> tuple[Artifact, Row]:
         """One pass: run it, check it, keep it or roll it back. The same step asked for again gives the same row."""
-        if self.context.deadline is not None and time.monotonic() > self.context.deadline:
-            return artifact, Row(made_by.name(), made_by.settings(), "refused", OUT_OF_TIME)
         # A pass that doesn't say that it depends on the target sees none, so that its result serves them all.
         capabilities = self.context.capabilities if made_by.depends_on_target else Capabilities()
         asked = Asked(artifact, made_by, capabilities, self.target if made_by.measures else "")
         key = repr((artifact.digest(), made_by, capabilities, asked.target))
         if key not in self._known.steps:
-            self.context.progress(made_by.name())
             recalled = self.memory.recall(asked) if self.memory is not None else None
+            if recalled is None and self._late():
+                return artifact, Row(made_by.name(), made_by.settings(), "refused", OUT_OF_TIME)
+            self.context.progress(made_by.name())
             self._known.steps[key] = recalled or self._taken(asked)
         return self._known.steps[key]
 
@@ -173,6 +173,7 @@ class Pipeline:
         context = replace(self.context, capabilities=asked.capabilities, original=self.original)
         start = time.perf_counter()
         row = Row(made_by.name(), made_by.settings(), "refused")
+        whole = self._gets_its_time(made_by)
         raised = True
         try:
             after = self._verified(artifact, made_by, row, context)
@@ -186,16 +187,17 @@ class Pipeline:
         row.seconds = round(time.perf_counter() - start, 3)
         # What raised, or could not be verified, may do so for what is the matter with this machine today.
         by_chance = raised or (row.reason or "").startswith(NOT_VERIFIED)
-        if self.memory is not None and not by_chance and self._had_its_time(made_by):
+        if self.memory is not None and not by_chance and (whole if made_by.mends else not self._late()):
             self.memory.keep(asked, after, row)
         return after, row
 
-    def _had_its_time(self, made_by: Pass) -> bool:
-        """Whether the deadline can have had no part in what a pass made that has just ended. One that learns takes what it is
-        given, so it must have been given all that it asks for: it is where it would be even now."""
-        deadline = self.context.deadline
-        if deadline is None or not made_by.mends:
-            return deadline is None or time.monotonic() < deadline
+    def _late(self) -> bool:
+        return self.context.deadline is not None and time.monotonic() > self.context.deadline
+
+    def _gets_its_time(self, made_by: Pass) -> bool:
+        """Whether the deadline has no part in what a pass learns that begins now: it is given all that it asks for."""
+        if self.context.deadline is None or not made_by.mends:
+            return True
         minutes = made_by.settings().get("minutes")
         try:
             return minutes is not None and seconds_to_learn(minutes, self.context) == minutes * 60

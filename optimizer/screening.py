@@ -88,6 +88,9 @@ class Screening:
         # One process a backend serves all its candidates in turn; a crash costs its candidate, and the next call starts
         # anew.
         backend = candidate.backend.name
+        if self.judge.budget.memory is not None and backend in self._workers:
+            # What a process held at most, it held with any of those before.
+            self._workers.pop(backend).close()
         if backend not in self._workers:
             self._workers[backend] = self.setup.worker(f"candidate on {backend}")
         side = self.setup.open(candidate.name, candidate, self._workers[backend])
@@ -188,7 +191,7 @@ class Screening:
         self.notes.append(f"the original runs in {where}{best.point.floating_precision}: {why}")
         best.reason = why
         first.reason = first.reason or f"the original is better in {where}{best.point.floating_precision}"
-        self._rebase(best, first, others)
+        self.rebase(best, first, others)
         return best, self.setup.open("original", best), [first, *refused, *others]
 
     def precisions(self, backend: Backend) -> list[str]:
@@ -205,7 +208,7 @@ class Screening:
         least = self.judge.budget.min_gain if other.backend == first.backend else ANOTHER_BACKEND_GAIN
         return enough(gain_of(other), least)
 
-    def _rebase(self, best: Candidate, first: Candidate, others: Sequence[Candidate]) -> None:
+    def rebase(self, best: Candidate, first: Candidate, others: Sequence[Candidate]) -> None:
         """What was measured against the first original, as ratios to the best one; their intervals are not known."""
         to_best = {name: ratio.value for name, ratio in best.ratios.items()}
         for other in others:

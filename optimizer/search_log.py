@@ -7,6 +7,7 @@ moment proposes what it would have proposed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import math
 import sqlite3
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 """Of what is kept with each trial; a log of another one is begun anew."""
-NAME = "search"
+NAME, GIVEN_UP = "search", "given up"
 UNKNOWN_COST = 4.0
 """Told to the sampler for what couldn't be measured: as if it cost so many times the original."""
 
@@ -39,13 +40,15 @@ class Outcome:
     `ratios`: figures ÷ the original's. `objectives`: what is to be as little as possible, ÷ the original's. `drop` is in points
     for accuracies, in metric units otherwise, on `n` samples. `missed`: constraint → by which share of it it is missed; only
     those that are. `digest` is of the graph; `seconds` of wall time that the trial took. `partly`: a lossy pass in it changed
-    nothing, so that it is another choice than it says."""
+    nothing, so that it is another choice than it says. `drop_low`: what it loses at least, where too much was clear before all
+    samples were judged."""
 
     status: Status
     reason: str = ""
     ratios: Mapping[str, Ratio] = field(default_factory=dict)
     objectives: tuple[float, ...] = ()
     drop: float | None = None
+    drop_low: float | None = None
     n: int | None = None
     p99_ms: float | None = None
     memory_bytes: int | None = None
@@ -93,8 +96,10 @@ class Log:
     """Trials on disk. One process writes it."""
 
     def __init__(self, path: Path, space: Space, *, seed: int = 0, objectives: int = 1) -> None:
-        """`path`: the SQLite file; where it holds a search over another space, or is damaged, it is begun anew."""
+        """`path`: the SQLite file; where it holds a search over another space, or is damaged, it is begun anew. Raises
+        InputError where it can't be written, or where another process has it open."""
         self.path, self.space, self.seed = path, space, seed
+        self._lock = _locked(path)
         self._directions: list[Literal["minimize", "maximize"]] = ["minimize"] * objectives
         self._study = self._opened()
 
@@ -107,6 +112,18 @@ class Log:
     def told(self) -> list[Trial]:
         """Those that are over. The others were in flight when the search was killed."""
         return [trial for trial in self.trials() if trial.outcome is not None]
+
+    def given_up(self) -> set[int]:
+        """Numbers of trials that turned out not to hold when they were measured again."""
+        return {frozen.number for frozen in self._study.get_trials(deepcopy=False) if frozen.user_attrs.get(GIVEN_UP)}
+
+    def settled(self, name: str, value: Any) -> Any:
+        """What was decided when the search began: `value`, plain data, for the first who asks, and the same ever after."""
+        known = self._study.user_attrs
+        if name not in known:
+            self._study.set_user_attr(name, value)
+            return value
+        return known[name]
 
     # Asking and telling -----------------------------------------------------------------------------------------------
 
@@ -153,8 +170,13 @@ class Log:
         )
         return replace(trial, outcome=outcome)
 
+    def give_up(self, trial: Trial) -> None:
+        """Write down that a trial does not hold."""
+        self._asked(trial.number).set_user_attr(GIVEN_UP, True)
+
     def close(self) -> None:
         """Let go of the file."""
+        self._lock.close()
         storage: Any = self._study._storage
         backend = getattr(storage, "_backend", storage)
         backend.remove_session()
@@ -189,7 +211,7 @@ class Log:
         try:
             study = self._load(facts)
         except _Other:
-            _aside(self.path)
+            aside(self.path)
             study = self._load(facts)
         return study
 
@@ -221,6 +243,23 @@ class Log:
         return study
 
 
+def _locked(path: Path) -> Any:
+    """The log's lock, which the system takes back when this process ends. Raises InputError where another one has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("w")
+    except OSError as error:
+        raise InputError(f"the log of the search {path} can't be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise InputError(
+            "another run of this very search is going on", fix="wait until it is over, or give another --seed"
+        ) from None
+    return lock
+
+
 class _Other(Exception):
     """The file is of another search, or damaged."""
 
@@ -242,8 +281,8 @@ def _is_database(path: Path) -> bool | None:
         return False
 
 
-def _aside(path: Path) -> None:
-    """Keep a log that is of no use here under another name: somebody may want to look at it."""
+def aside(path: Path) -> None:
+    """Keep a log, or a file beside one, that is of no use here under another name: somebody may want to look at it."""
     for suffix in ("", "-wal", "-shm", "-journal"):
         left = path.with_name(path.name + suffix)
         if left.exists():

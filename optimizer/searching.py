@@ -10,8 +10,8 @@ where it was stopped or killed.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +21,8 @@ from typing import Any, Protocol
 from perwatt import choices, planning
 from perwatt.accounting import account
 from perwatt.backends import Backend
+from perwatt.bundle import write_text
+from perwatt.cache_keys import digest, environment, metric_key
 from perwatt.candidates import Branch, Candidate
 from perwatt.choices import Space, Values
 from perwatt.contract import OperatingPoint
@@ -31,17 +33,19 @@ from perwatt.pipeline import Pipeline
 from perwatt.plan import Limits, Plan
 from perwatt.preparation import Prepared
 from perwatt.recipe import OneOf, PassStep, Recipe
+from perwatt.run_cache import VARIABLES
 from perwatt.search import Evaluate, Search
-from perwatt.search_log import Log, Outcome, Trial, front
-from perwatt.study import Result, Study
+from perwatt.search_log import Log, Outcome, Trial, aside, front
+from perwatt.sides import Side
+from perwatt.study import FINAL_TRIES, Result, Study
 from perwatt.trials import Trials
 
 STOPPED = "stopped by Ctrl-C"
 FROM_S = 120.0
 """A time budget from here on is spent on a search; less is what the plain pipeline takes."""
-SEARCH_SHARE, ACCOUNT_SHARE, PASSES_SHARE = 0.75, 0.9, 0.95
-"""Of the time budget: when no further trial is begun (the rest tunes the answer, measures it again and accounts for it), when
-the account has to be done, and when no pass is begun any more."""
+SEARCH_SHARE, TUNE_SHARE, ACCOUNT_SHARE, PASSES_SHARE = 0.72, 0.82, 0.93, 0.95
+"""Of the time budget: when no further trial is begun; when the operating point of the best has to be tuned, and when what each of
+its passes brings has to be known, for which it is measured again; and when no pass is begun any more."""
 ACCOUNT_S = 120.0
 """What the account may take where there is no time budget."""
 LEARN_SHARE, ROUNDS_OF_LEARNING = 0.6, 4
@@ -49,6 +53,8 @@ LEARN_SHARE, ROUNDS_OF_LEARNING = 0.6, 4
 LEAST_MINUTES, MOST_MINUTES = 0.1, 5.0
 PROMOTION = Effort(max_s=5.0, tight=0.02)
 """How long a best so far is measured before it is written: the last one is measured as long as any answer."""
+STOPPED_S = 20.0
+"""For tuning where a person has stopped the search."""
 LEDGER = 8
 """Choices besides the answer whose passes the ledger tells of: the cheapest."""
 
@@ -75,8 +81,8 @@ def limits(recipe: Recipe) -> Limits:
     if whole is None:
         return Limits(behind={"what each pass brings": ACCOUNT_S}, minutes=minutes, trials=trials)
     behind = {
-        "tuning and measuring again": (ACCOUNT_SHARE - SEARCH_SHARE) * whole,
-        "what each pass brings": (1 - ACCOUNT_SHARE) * whole,
+        "tuning": (TUNE_SHARE - SEARCH_SHARE) * whole,
+        "measuring again, and what each pass brings": (1 - TUNE_SHARE) * whole,
     }
     return Limits(whole, SEARCH_SHARE * whole, behind, minutes, trials)
 
@@ -96,13 +102,15 @@ def log_path(folder: Path, recipe: Recipe, prepared: Prepared, machine: dict[str
     plain["budget"]["time"] = plain["search"]["trials"] = None
     facts = {
         "recipe": {name: plain[name] for name in ("inputs", "budget", "passes", "target", "search", "seed")},
-        "data": sorted(prepared.roles.sources.values()),
+        "samples": {role: samples.digest() for role, samples in prepared.samples.items()},
+        "metric": metric_key(recipe.data.metric),
         "model": prepared.source.digest(),
         "backends": {backend.name: backend.versions for backend in prepared.backends},
         "machine": machine["fingerprint"],
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
+        "environment": environment(),
     }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    return folder / key / "search.sqlite"
+    return folder / digest(facts)[:24] / "search.sqlite"
 
 
 class Spread(Protocol):
@@ -118,8 +126,8 @@ class Spread(Protocol):
 @dataclass
 class Searching:
     """One search. `pipeline_for` gives the passes of a backend, `write` a bundle of a result; `deadline` is when no further trial
-    is begun, in `time.monotonic()` seconds. `announce` is given the plan before the first trial. Trials are made here, one after
-    the other, or by `spread`."""
+    is begun, `tune_by` and `account_by` when those are over, in `time.monotonic()` seconds. `announce` is given the plan before
+    the first trial. Trials are made here, one after the other, or by `spread`. `fresh`: not going on where another one ended."""
 
     recipe: Recipe
     study: Study
@@ -130,24 +138,29 @@ class Searching:
     log: Path
     write: Callable[[Result], object]
     deadline: float | None = None
+    tune_by: float | None = None
     account_by: float | None = None
     progress: Callable[[float, str], None] = lambda share, text: None
     announce: Callable[[Plan], None] = lambda plan: None
     spread: Spread | None = None
+    fresh: bool = False
     shipped_cost: float = 1.0
+    shipped: int | None = None
     started: float = field(default_factory=time.monotonic)
 
     def run(self) -> Result:
         """Search, and decide. Ctrl-C ends the search, not the run: the best so far is measured and returned."""
         study = self.study
+        if self.fresh:
+            for path in (self.log, self._plan_path, self._begun_path):
+                aside(path)
         study.progress(0.0, "the original")
-        baseline, side, originals = study.screening.choose_baseline()
+        baseline, side, originals, backends = self._begun()
         try:
-            backends = study.screening.worth_it(baseline, originals)
             space = choices.space(self.steps, {b.name: study.screening.precisions(b) for b in backends})
             pipelines = {backend.name: self.pipeline_for(backend) for backend in backends}
             self.plan = planning.kept(
-                self.log.with_name("plan.json"), space, self.prepared, pipelines, baseline, originals, limits(self.recipe),
+                self._plan_path, space, self.prepared, pipelines, baseline, originals, limits(self.recipe),
                 lambda text: self.progress(0.0, f"planning: {text}"),
             )  # fmt: skip
             self.announce(self.plan)
@@ -172,12 +185,52 @@ class Searching:
         finally:
             self.search.log.close()
 
+    @property
+    def _plan_path(self) -> Path:
+        return self.log.with_name("plan.json")
+
+    @property
+    def _begun_path(self) -> Path:
+        return self.log.with_name("begun.json")
+
+    def _begun(self) -> tuple[Candidate, Side, list[Candidate], list[Backend]]:
+        """The original where it runs best, its open side, every original that was tried, and the backends worth it; as they were
+        when the search began, where it goes on: what its trials cost is told in terms of that."""
+        screening = self.study.screening
+        baseline, side, originals = screening.choose_baseline()
+        try:
+            backends = screening.worth_it(baseline, originals)
+            known = {backend.name: backend for backend in self.prepared.backends}
+            before = _read(self._begun_path)
+            names = before.get("backends", [])
+            if names and all(name in known for name in names):
+                backends = [known[name] for name in names]
+                was = next(
+                    (o for o in originals if _place(o) == before.get("baseline") and o.verdict != "rejected"), None
+                )
+                if was is not None and was is not baseline and was.ratios:
+                    side.close()
+                    screening.rebase(was, baseline, [o for o in originals if o is not baseline])
+                    baseline, side = was, self.study.setup.open("original", was)
+            began = {"baseline": _place(baseline), "backends": [backend.name for backend in backends]}
+            if began != before:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                write_text(self._begun_path, json.dumps(began) + "\n")
+        except BaseException:
+            side.close()
+            raise
+        return baseline, side, originals, backends
+
     def _open(
         self, space: Space, backends: Sequence[Backend], pipelines: dict[str, Pipeline], baseline: Candidate, side: Any,
         originals: list[Candidate],
     ) -> None:  # fmt: skip
         self.space, self.baseline, self.originals = space, baseline, originals
         self.study.screening.quick = True
+        objectives = self.recipe.search.objective
+        log = Log(self.log, space, seed=self.recipe.seed, objectives=len(objectives))
+        # Another time would be another length of learning, of which nothing is known.
+        self.minutes = log.settled("minutes", _minutes(self.recipe))
         self.trials = Trials(
             space,
             pipelines,
@@ -187,20 +240,21 @@ class Searching:
             baseline,
             side,
             self.point,
-            self.recipe.search.objective,
-            _minutes(self.recipe),
+            objectives,
+            self.minutes,
             self._affords,
             lambda text: self.progress(self._share(), text),
         )
-        log = Log(self.log, space, seed=self.recipe.seed, objectives=len(self.recipe.search.objective))
+        self.study.finals.objective = objectives[0]
         self.search = Search(
             space,
             log,
             self._evaluate(),
             stop=self._stop,
             after_round=self._after_round,
-            estimate=self.plan.estimate,
-            max_drop=self.study.judge.max_drop if self.study.judge.select is not None else None,
+            # What the plan estimates are CPU seconds, or seconds.
+            estimate=self.plan.estimate if objectives[0] == "inferences-per-joule" else lambda values: None,
+            max_drop=self.study.judge.allowed if self.study.judge.select is not None else None,
         )
 
     def _evaluate(self) -> Evaluate:
@@ -223,12 +277,12 @@ class Searching:
         """Whether there is time for a trial."""
         if self._stop() is not None:
             return False
-        if self.deadline is None or not self.space.learns(values):
+        learnt = {self.space.learning(trial.values) for trial in self.search.log.told()}
+        if self.deadline is None or self.space.learning(values) in {(), *learnt}:
             return True
         # What it shares with others is learnt already: what is left is the last round.
         longest = max(
-            (float(step.settings.get("minutes", 0.0)) for step in self.space.steps(values, _minutes(self.recipe))),
-            default=0.0,
+            (float(step.settings.get("minutes", 0.0)) for step in self.space.steps(values, self.minutes)), default=0.0
         )
         return time.monotonic() + 60 * longest < self.deadline
 
@@ -255,19 +309,24 @@ class Searching:
             if gain < 1 + self.recipe.budget.min_gain:
                 return
             if self._promoted(best):
-                self.shipped_cost = best.outcome.cost
+                self.shipped_cost, self.shipped = best.outcome.cost, best.number
                 return
-            self.search.given_up.add(best.number)
+            self.search.give_up(best)
             best = self.search.best()
 
     def _promoted(self, best: Trial) -> bool:
         candidate = self.trials.candidate(best)
+        if not self.trials.is_same(candidate, best):
+            return False
         self.progress(self._share(), f"measuring the best so far: {candidate.name}")
         kept, self.study.effort = self.study.effort, PROMOTION
+        told = self.baseline.verdict, self.baseline.reason
+        self.study.finals.quick = True
         try:
             result = self.study.decide(self.baseline, self.originals, [candidate.branch], [], [candidate])
         finally:
-            self.study.effort = kept
+            self.study.effort, self.study.finals.quick = kept, False
+            self.baseline.verdict, self.baseline.reason = told
         try:
             holds = result.winner is candidate
             if holds:
@@ -282,9 +341,12 @@ class Searching:
         told = self.search.log.told()
         ranking = self.search.ranking(told)
         hopeful = self._nearest(told) or [
-            self.trials.candidate(trial) for trial in ranking[:LEDGER] if trial.outcome and trial.outcome.cost < 1
-        ]
-        chosen = self.study.tuned(self.baseline, hopeful)
+            candidate for trial in ranking[:LEDGER]
+            if trial.outcome and trial.outcome.cost < 1
+            and self.trials.is_same(candidate := self.trials.candidate(trial), trial)
+        ]  # fmt: skip
+        self.study.tune_by = time.monotonic() + STOPPED_S if why == STOPPED else self.tune_by
+        chosen = _early(self.study.tuned(self.baseline, hopeful), self.shipped)
         branches: list[Branch] = [candidate.branch for candidate in hopeful]
         result = self.study.decide(self.baseline, self.originals, branches, hopeful, chosen)
         if result.winner.branch.rows and result.winner is not result.baseline:
@@ -296,6 +358,7 @@ class Searching:
             "choices": self.space.count(),
             "trials": [self._told(trial) for trial in told],
             "front": [trial.number for trial in front(told)],
+            "looks": self.study.finals.looks,
             "shipped": result.winner.trial,
             "objectives": list(self.recipe.search.objective),
         }
@@ -320,6 +383,7 @@ class Searching:
         if told.reduced is None:
             return result
         leaner = replace(winner, branch=told.reduced, verdict="runner-up", reason="")
+        before = self.baseline.verdict, self.baseline.reason
         again = self.study.decide(self.baseline, self.originals, [told.reduced, *branches], hopeful, [leaner])
         if again.winner is leaner:
             _close(result)
@@ -327,6 +391,7 @@ class Searching:
             return again
         _close(again)
         told.keep(leaner.reason)
+        self.baseline.verdict, self.baseline.reason = before
         winner.verdict = "shipped"
         return result
 
@@ -360,6 +425,26 @@ class Searching:
             "why": trial.why,
             **plain,
         }
+
+
+def _early(chosen: Sequence[Candidate], shipped: int | None) -> list[Candidate]:
+    """With what is in the bundle already among the first: not all that promise more will be measured again."""
+    sure = [c for c in chosen if shipped is not None and c.trial == shipped][-1:]
+    others = [c for c in chosen if c not in sure]
+    return [*others[: FINAL_TRIES - 1], *sure, *others[FINAL_TRIES - 1 :]]
+
+
+def _place(candidate: Candidate) -> list[str | None]:
+    return [candidate.backend.name, candidate.point.floating_precision]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is kept there; nothing where it can't be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _close(result: Result) -> None:

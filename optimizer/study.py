@@ -86,6 +86,8 @@ class Study:
         self.setup, self.judge, self.screening, self.explore = setup, judge, screening, explore
         self.plan, self.effort = plan, effort or Effort()
         self.deadline, self.progress = deadline, progress
+        self.tune_by: float | None = None
+        """When operating points have to be tuned, where that is after the deadline."""
         self.notes: list[str] = []
         self.finals = Finals(setup, judge, eager, progress, self.notes)
         self.fronts: list[tuple[Candidate, Front]] = []
@@ -134,19 +136,28 @@ class Study:
     def _out_of_time(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
+    def _too_late_to_tune(self) -> bool:
+        return time.monotonic() > self.tune_by if self.tune_by is not None else self._out_of_time()
+
     # Operating points -------------------------------------------------------------------------------------------
 
     def tuned(self, baseline: Candidate, hopeful: Sequence[Candidate]) -> list[Candidate]:
         """What to measure again, best first: the hopeful ones, the best of them at tuned operating points, and the
         original's graph at the point that was found."""
-        if self.plan is None or self._out_of_time():
+        if self.plan is None or self._too_late_to_tune():
             return list(hopeful)
         close = [c for c in hopeful if cost_of(c) <= CLOSE * cost_of(hopeful[0])][:2]
         found: list[Candidate] = []
         for number, candidate in enumerate(close or [baseline]):
             self.progress(0.5 + 0.05 * number, f"tuning {candidate.name}")
+            if self._too_late_to_tune():
+                break
+            plan = self.plan
+            if self.tune_by is not None:
+                left = (self.tune_by - time.monotonic()) / (len(close) - number if close else 1)
+                plan = replace(plan, max_s=min(plan.max_s, left))
             try:
-                front = tuned(self.plan, self.setup, candidate, self.judge.budget, self.progress)
+                front = tuned(plan, self.setup, candidate, self.judge.budget, self.progress)
             except PerwattError as error:
                 self.notes.append(f"the operating point of {candidate.name} could not be tuned: {error}")
                 continue
@@ -159,7 +170,8 @@ class Study:
             better = replace(candidate, point=front.best.point, tuned=True, reason="", verdict="runner-up", p99_ms=None)
             better.ratios = at_cost(base * front.cost, candidate.backend)
             found.append(better)
-        found.sort(key=cost_of)
+        if self.finals.objective == "inferences-per-joule":
+            found.sort(key=cost_of)
         if found and found[0].branch is not baseline.branch and found[0].backend == baseline.backend:
             # Where the graph brings nothing at that point, the point alone is the answer.
             point = replace(found[0].point, floating_precision=baseline.point.floating_precision)

@@ -59,6 +59,9 @@ class Trials:
         try:
             found = self._found(values, before)
         except PerwattError as error:
+            if not self.side.worker.running:
+                # It was the original that could not be run any more, which says nothing of this choice.
+                raise
             found = Outcome("refused", str(error))
         finally:
             for pipeline in self.pipelines.values():
@@ -73,6 +76,10 @@ class Trials:
         made.memory_bytes = trial.outcome.memory_bytes
         made.trial = trial.number
         return made
+
+    def is_same(self, candidate: Candidate, trial: Trial) -> bool:
+        """Whether a candidate is what the trial measured: a pass that learns may have had another time."""
+        return trial.outcome is not None and trial.outcome.digest in (None, self._identity(candidate))
 
     def branch(self, values: Values) -> Branch:
         """The graph of a choice, and how it came about."""
@@ -89,22 +96,25 @@ class Trials:
         candidate = self._candidate(values)
         artifact = candidate.branch.artifact
         digest = self._identity(candidate)
+        unapplied = self._unapplied(candidate.branch)
         for other in before:
             if other.outcome is not None and other.outcome.status == "measured" and other.outcome.digest == digest:
-                return replace(other.outcome, reason=SAME.format(other.number + 1))
+                return replace(other.outcome, reason=SAME.format(other.number + 1), partly=bool(unapplied))
         judge = self.screening.judge
         if candidate.branch.lossy and judge.select is None:
             return Outcome("refused", "accuracy unknown: there are no samples to judge it on", digest=digest)
         self.screening.screen(candidate, self.side)
         if not candidate.ratios:
             return Outcome("refused", candidate.reason or "it could not be measured", digest=digest)
-        drop, unapplied = candidate.drop, self._unapplied(candidate.branch)
+        drop = candidate.drop
+        early = drop is not None and judge.select is not None and drop.n < len(judge.select.samples)
         return Outcome(
             "measured",
             unapplied,
             ratios=candidate.ratios,
             objectives=tuple(self._cost(name, candidate) for name in self.objectives),
             drop=None if drop is None else drop.drop,
+            drop_low=drop.low if drop is not None and early else None,
             n=None if drop is None else drop.n,
             p99_ms=candidate.p99_ms,
             memory_bytes=candidate.memory_bytes,
@@ -144,8 +154,7 @@ class Trials:
         budget = judge.budget
         missed = {}
         if candidate.drop is not None and judge.too_much(candidate.drop):
-            # A tenth of a point where nothing may be lost: a share of nothing says nothing.
-            missed["accuracy"] = (candidate.drop.drop - judge.max_drop) / max(judge.max_drop, 0.1)
+            missed["accuracy"] = (candidate.drop.drop - judge.max_drop) / judge.allowed
         if judge.too_late(candidate.p99_ms):
             missed["p99"] = (candidate.p99_ms or 0.0) / (budget.p99_ms or 1.0) - 1
         if judge.too_big(candidate.memory_bytes):

@@ -32,8 +32,9 @@ from perwatt import choices, registry, searching
 from perwatt.bench.fingerprint import fingerprint
 from perwatt.choices import Space, Values
 from perwatt.recipe import OneOf, PassStep
-from perwatt.search import ROUND, Search
+from perwatt.search import Search
 from perwatt.search_log import Log, Outcome, Trial
+from perwatt.search_proposals import ROUND
 from perwatt.trials import Trials
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "regret.json"

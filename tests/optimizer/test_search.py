@@ -20,9 +20,10 @@ from perwatt import choices
 from perwatt.choices import Space, Values
 from perwatt.measurement import Ratio
 from perwatt.recipe import OneOf, PassStep
-from perwatt.search import NEAR, Search
+from perwatt.search import Search
 from perwatt.search_log import Log, Outcome, Trial, front
 from perwatt.search_model import Model, Teaching
+from perwatt.search_seen import NEAR
 
 TRIALS = 24
 
@@ -115,13 +116,13 @@ def test_no_choice_is_tried_twice(longest: Search) -> None:
 def test_nothing_is_taught_that_was_not_tried_untaught(longest: Search) -> None:
     search = longest
     known: list[dict[str, int]] = []
-    taught = 0
+    taught, apart = 0, {"precision": 2, "tune-quantization": 0}
     for _, several in _by_round(search.log.trials()):
         for trial in several:
             if trial.values["learn"]:
                 taught += 1
-                assert search.space.canonical({**trial.values, "learn": 0, "tune-quantization": 0}) in known
-        known += [dict(trial.values) for trial in several]
+                assert search.space.canonical({**trial.values, **apart, "learn": 0}) in known
+        known += [search.space.canonical({**trial.values, **apart}) for trial in several]
     assert taught > 2
 
 
@@ -271,6 +272,7 @@ def test_outcomes_come_back_as_they_were_told(tmp_path: Path) -> None:
         {"cpu_s_per_inference": Ratio(0.5, None, 0.6)},
         (0.5,),
         0.3,
+        0.2,
         400,
         1.5,
         10,
@@ -278,6 +280,7 @@ def test_outcomes_come_back_as_they_were_told(tmp_path: Path) -> None:
         {"p99": 0.5},
         "abc",
         2.5,
+        True,
     )
     log.tell(log.ask(here.usual(), "by itself", 3), outcome)
     log.close()
