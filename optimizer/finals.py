@@ -168,7 +168,8 @@ class Finals:
     def _gain(self, sides: dict[str, Side], candidate: Candidate, baseline: Candidate) -> Ratio:
         """What it does better than the original, by what it was searched for."""
         if self.objective == "size":
-            return Ratio(baseline.branch.artifact.size_bytes() / max(1, candidate.branch.artifact.size_bytes()))
+            times = baseline.branch.artifact.size_bytes() / max(1, candidate.branch.artifact.size_bytes())
+            return Ratio(times, times, times)
         found = ratios(sides["optimized"], sides["original"])
         if self.objective == "latency":
             return found["latency_p50_ms"].inverse()

@@ -115,7 +115,7 @@ class Log:
 
     def given_up(self) -> set[int]:
         """Numbers of trials that turned out not to hold when they were measured again."""
-        return {frozen.number for frozen in self._study.get_trials(deepcopy=False) if frozen.user_attrs.get(GIVEN_UP)}
+        return set(self._study.user_attrs.get(GIVEN_UP, []))
 
     def settled(self, name: str, value: Any) -> Any:
         """What was decided when the search began: `value`, plain data, for the first who asks, and the same ever after."""
@@ -172,7 +172,7 @@ class Log:
 
     def give_up(self, trial: Trial) -> None:
         """Write down that a trial does not hold."""
-        self._asked(trial.number).set_user_attr(GIVEN_UP, True)
+        self._study.set_user_attr(GIVEN_UP, sorted({*self.given_up(), trial.number}))
 
     def close(self) -> None:
         """Let go of the file."""

@@ -429,9 +429,11 @@ class Searching:
 
 def _early(chosen: Sequence[Candidate], shipped: int | None) -> list[Candidate]:
     """With what is in the bundle already among the first: not all that promise more will be measured again."""
-    sure = [c for c in chosen if shipped is not None and c.trial == shipped][-1:]
-    others = [c for c in chosen if c not in sure]
-    return [*others[: FINAL_TRIES - 1], *sure, *others[FINAL_TRIES - 1 :]]
+    known = [c for c in chosen if shipped is not None and c.trial == shipped]
+    if not known or chosen.index(known[0]) < FINAL_TRIES:
+        return list(chosen)
+    others = [c for c in chosen if c is not known[0]]
+    return [*others[: FINAL_TRIES - 1], known[0], *others[FINAL_TRIES - 1 :]]
 
 
 def _place(candidate: Candidate) -> list[str | None]:

@@ -86,7 +86,10 @@ def test_where_nothing_is_small_enough_the_smallest_ships_and_says_so(here: Path
 
 @pytest.mark.slow
 def test_what_was_asked_to_be_small_is_small(here: Path, tmp_path: Path, cache: Path) -> None:
-    report = searched(here, tmp_path / "out", trials=3, objective="size,inferences-per-joule")
+    report = searched(here, tmp_path / "out", trials=5, objective="size,inferences-per-joule")
     search = report["search"]
     assert search["objectives"] == ["size", "inferences-per-joule"]
+    permitted = [t for t in search["trials"] if t["status"] == "measured" and not t["missed"]]
+    shipped = search["trials"][search["shipped"]]
+    assert shipped["size_bytes"] == min(t["size_bytes"] for t in permitted) < permitted[0]["size_bytes"]
     assert all(len(t["objectives"]) == 2 for t in search["trials"] if t["status"] == "measured")
