@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from perwatt.choices import BACKEND, FLOATING, LEARN, ORDER, PRECISION, ROUNDS, Values
 from perwatt.search_alone import by_themselves
@@ -51,7 +52,7 @@ class Proposals:
         # What learns takes minutes, so that one of them is enough to go on from; the rest is found out in seconds.
         slow: list[tuple[Values, str]] = []
         quick: list[tuple[Values, str]] = []
-        for proposed, why in self._in_turn():
+        for proposed, why in itertools.chain(self._in_turn(), self._if_too_few(slow, quick)):
             values = self.seen.step_by_step(proposed)
             several = quick if self.space.learning(values) in learnt else slow
             most = LEARNING if several is slow else ROUND
@@ -89,7 +90,15 @@ class Proposals:
         taught = [(values, TAUGHT) for values in self._taught()]
         proposed = [(values, why) for values, why in (*around, *back, *taught) if self.seen.worth(values)]
         yield from sorted(proposed, key=lambda one: self.seen.promise(one[0]))
-        yield from self._sampled()
+
+    def _if_too_few(self, *taken: Sequence[Any]) -> Iterator[tuple[Values, str]]:
+        """What the sampler proposes, where the round has room for it when everything else was looked at."""
+        if sum(map(len, taken)) < ROUND and not self._begins():
+            yield from self._sampled()
+
+    def _begins(self) -> bool:
+        """Whether there are alternatives left, or steps of removals, to be tried by themselves."""
+        return bool(by_themselves(self.seen)) or any(not hopeless(one, self.seen) for one in self._ladders())
 
     def _ladders(self) -> Iterator[dict[str, int]]:
         """Of each removal by itself, and each way to do it, the next step up: what each costs and loses untaught is known in

@@ -79,4 +79,8 @@ def test_the_same_search_again_comes_from_the_cache(here: Path, tmp_path: Path, 
     reports = [Bundle(tmp_path / name).report for name in ("first", "again")]
     assert reports[0] == reports[1]
     fresh = optimize(*arguments, tmp_path / "again", "--fresh", "--json", cwd=here)
-    assert json.loads(fresh.stdout)["created"] > reports[0]["created"]
+    made = json.loads(fresh.stdout)
+    assert made["created"] > reports[0]["created"]
+    # Its trials were made again, too.
+    seconds = [[trial["seconds"] for trial in report["search"]["trials"]] for report in (made, reports[0])]
+    assert len(seconds[0]) == len(seconds[1]) and seconds[0] != seconds[1]

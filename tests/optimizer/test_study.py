@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -488,6 +489,29 @@ def test_a_tuned_point_that_does_not_hold_when_measured_again_is_not_shipped(sta
     stage.script = {("source", "8 f32"): Play(1.0)}
     result = stage.run(plan=TunePlan())
     assert (result.outcome, result.winner.point.batch) == ("unchanged", 1)
+
+
+def test_where_tuning_has_a_time_of_its_own_it_is_kept_to(stage: Stage, monkeypatch) -> None:
+    given: list[float] = []
+    real = tuned_to(EIGHT, 0.5)
+
+    def noted(plan: TunePlan, setup: Any, candidate: Candidate, *rest: Any) -> Front:
+        given.append(plan.max_s)
+        return real(plan, setup, candidate, *rest)
+
+    monkeypatch.setattr(study, "tuned", noted)
+    stage.script = {("int8", "f32"): Play(0.8), ("int8", "8 f32"): Play(0.4), ("source", "8 f32"): Play(0.5)}
+    # As after a search whose time is up.
+    for tune_by, batch in ((None, 1), (time.monotonic() + 30.0, 8), (time.monotonic() - 1.0, 1)):
+        made = stage.study(plan=TunePlan(max_s=60.0))
+        baseline, side, _ = made.screening.choose_baseline()
+        candidate = Candidate(lossy("int8"), baseline.point, baseline.backend)
+        made.screening.screen(candidate, side)
+        side.close()
+        made.deadline, made.tune_by = time.monotonic() - 1.0, tune_by
+        chosen = made.tuned(baseline, [candidate])
+        assert chosen[0].point.batch == batch
+    assert len(given) == 1 and 25.0 < given[0] <= 30.0
 
 
 def test_a_search_that_fails_costs_its_point_and_not_the_run(stage: Stage, monkeypatch) -> None:
